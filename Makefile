@@ -1,0 +1,92 @@
+# `make` alone lists the targets.
+#
+# One virtual environment, .venv, filled in two stages, so that the first answer comes soon: `make serve` installs only
+# the serving stage (no torch, no onnx); `make setup`, `make test` and `make lint` add the rest on top of it. Each stage
+# runs again only when pyproject.toml has changed.
+
+VENV ?= .venv
+HOST ?= 0.0.0.0
+PORT ?= 8000
+
+# Which torch is installed. pip takes it from the index you have configured; where the default build would bring
+# gigabytes of GPU libraries to a machine without a GPU, name the index of PyTorch's CPU builds:
+#     make setup TORCH_PIP_ARGS="--extra-index-url URL"
+# Any release from 2.8 on will do: make setup TORCH=torch==2.9.1
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+# The interpreter the environment is made of: python3 if it is new enough, else the newest one found beside it.
+PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$candidate"; break; }; done)
+
+# Arguments for pytest, e.g. make test ARGS="tests/server -k batcher"
+ARGS ?=
+# Where `make train` writes; the bundle that `make serve` serves is the default.
+OUTPUT ?= models/blood-cells
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SERVING := $(VENV)/.serving
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test test-all lint format train clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## make .venv with all that tests, training and export need
+
+serve: $(SERVING) ## serve the embedded model at http://localhost:8000 (PORT=..., HOST=...)
+	$(BIN)/ddetr serve --host $(HOST) --port $(PORT)
+
+test: $(READY) ## run the tests (ARGS="tests/server -k batcher")
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(READY) ## run the tests, the slow ones too
+	$(BIN)/python -m pytest --slow $(ARGS)
+
+lint: $(READY) ## check style, format, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(READY) ## retrain the embedded model: make train DATA=folder (OUTPUT=...)
+	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=path/to/bccd" >&2; exit 2; }
+	$(BIN)/python -m training.embedded --data "$(DATA)" --output "$(OUTPUT)"
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the two stages ---------------------------------------------------------------------------------------------------
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+		echo "ddetr needs Python 3.11 or newer, and none was found. On Debian 12+ or Ubuntu 24.04+:" >&2; \
+		echo "    sudo apt-get install python3 python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "ddetr needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		version=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		echo "$(PYTHON) cannot make virtual environments: its venv module is missing. On Debian or Ubuntu:" >&2; \
+		echo "    sudo apt-get install python3-venv      (or python$$version-venv)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(SERVING): pyproject.toml | $(BIN)/python
+	@echo "installing what serving needs into $(VENV) ..."
+	@$(PIP) install --editable .
+	@touch $@
+
+# torch comes first and by itself: the range in pyproject.toml is then satisfied and pip looks for no other build.
+$(READY): pyproject.toml $(SERVING)
+	@echo "installing what tests, training and export need into $(VENV): some minutes ..."
+	@$(PIP) install $(TORCH_PIP_ARGS) "$(TORCH)"
+	@$(PIP) install --editable ".[export,train,dev]"
+	@touch $@
