@@ -1,0 +1,208 @@
+"""Paints one cell, each in its own window of the picture."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from samples.outlines import FloatArray, Outline, Window, smooth_step
+
+
+def _colour(*rgb: float) -> FloatArray:
+    return np.array(rgb, dtype=np.float32)
+
+
+# Levels of 255, and optical densities (-ln of transmission), for red, green and blue.
+_BACKGROUND = _colour(200, 203, 197)
+_RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.085, 0.23, 0.165), _colour(0.13, 0.36, 0.34)
+_CYTOPLASM_LILAC, _CYTOPLASM_PINK, _CYTOPLASM_BLUE = _colour(178, 160, 192), _colour(186, 130, 152), _colour(158, 158, 205)
+_NUCLEUS_VIOLET, _NUCLEUS_BLUE = _colour(132, 92, 208), _colour(104, 92, 202)
+_PLATELET_VIOLET, _PLATELET_GREY = _colour(140, 118, 190), _colour(158, 158, 198)
+
+
+@dataclass
+class Canvas:
+    """A picture in the making: `density` [H, W, 3] gathers what absorbs light, `image` [H, W, 3] in 0..255 follows."""
+
+    density: FloatArray
+    image: FloatArray
+    texture: FloatArray  # [H, W], smooth noise of unit variance
+    scale: float
+    edge_px: float
+    red_cell_density: FloatArray  # [3]
+
+    @classmethod
+    def blank(cls, rng: np.random.Generator, height: int, width: int, scale: float) -> "Canvas":
+        """A lit, empty field: tint, vignette and slow gradients of one photograph."""
+        tint = _BACKGROUND * np.float32(rng.uniform(0.93, 1.05)) + rng.normal(0.0, 3.5, 3).astype(np.float32)
+        tilt_x, tilt_y = rng.normal(0.0, 0.03, 2)
+        vignette = rng.uniform(0.0, 0.12)
+        x = np.linspace(-1.0, 1.0, width, dtype=np.float32)[None, :]
+        y = np.linspace(-1.0, 1.0, height, dtype=np.float32)[:, None]
+        light = 1.0 - vignette * 0.5 * (x * x + y * y) + tilt_x * x + tilt_y * y
+        mix = np.float32(rng.random())
+        red = (_RED_CELL_PINK * (1 - mix) + _RED_CELL_BROWN * mix) * np.float32(rng.uniform(0.8, 1.15))
+        return cls(
+            density=np.zeros((height, width, 3), dtype=np.float32),
+            image=light[:, :, None].astype(np.float32) * tint,
+            texture=_smooth_noise(rng, height, width, 3.0 * scale) * np.float32(0.7)
+            + _smooth_noise(rng, height, width, 9.0 * scale) * np.float32(0.7),
+            scale=scale,
+            edge_px=float(rng.uniform(1.6, 3.6)) * scale,
+            red_cell_density=red,
+        )
+
+    def window(self, outline: Outline, margin: float = 0.0) -> Window:
+        height, width = self.texture.shape
+        return outline.window(height, width, margin + self.edge_px + 1.0)
+
+    def develop(self) -> None:
+        """Light through everything that absorbs it so far."""
+        self.image *= np.exp(-self.density)
+
+    def absorb(self, window: Window, thickness: FloatArray, density: FloatArray) -> None:
+        self.density[window.slices] += thickness[:, :, None] * density
+
+    def paint(self, window: Window, alpha: FloatArray, colour: FloatArray) -> None:
+        """Colour is [3] or [h, w, 3]."""
+        patch = self.image[window.slices]
+        patch += alpha[:, :, None] * (colour - patch)
+
+
+def random_outline(rng: np.random.Generator, x: float, y: float, radius: float, stretched: bool) -> Outline:
+    """An outline of about this radius in px; a stretched one is a squeezed or drawn-out disc now and then."""
+    stretch = float(np.exp(rng.normal(0.0, 0.13 if stretched else 0.06)))
+    amplitude = np.array([0.02, 0.016, 0.008]) * rng.uniform(0.3, 2.2)
+    wobble = rng.normal(0.0, 1.0, (3, 2)) * amplitude[:, None]
+    wobble = np.clip(wobble, -0.07, 0.07)
+    return Outline(
+        x=float(x), y=float(y), half_width=radius * stretch, half_height=radius / stretch,
+        angle=float(rng.uniform(0.0, np.pi)), wobble=tuple((float(a), float(b)) for a, b in wobble),
+    )
+
+
+def draw_red_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline) -> None:
+    """A pink disc, dark at the rim, paler in the middle, sometimes with a bright refractile ring in it."""
+    window = canvas.window(outline)
+    if window.is_empty:
+        return
+    field = outline.field(window)
+    inside = smooth_step((1.0 - field) * np.float32(outline.radius / canvas.edge_px))
+    pallor = np.float32(np.clip(rng.normal(0.38, 0.3), 0.0, 0.9))
+    centre = np.float32(rng.uniform(0.35, 0.62))
+    hollow = smooth_step((centre - field) * np.float32(1.0 / rng.uniform(0.15, 0.4)))
+    rim = np.exp(-(((field - np.float32(0.93)) * np.float32(12.0)) ** 2))
+    strength = np.float32(np.clip(rng.normal(1.0, 0.16), 0.6, 1.5))
+    thickness = inside * (1.0 - pallor * hollow + np.float32(rng.uniform(0.05, 0.4)) * rim)
+    thickness *= strength * (1.0 + np.float32(0.02) * canvas.texture[window.slices])
+    canvas.absorb(window, thickness, canvas.red_cell_density)
+    if rng.random() < 0.12:
+        radius = outline.radius
+        x, y = outline.x + rng.normal(0.0, 0.2) * radius, outline.y + rng.normal(0.0, 0.2) * radius
+        _draw_bubble(canvas, rng, x, y, rng.uniform(0.08, 0.16) * radius)
+
+
+def draw_white_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline) -> None:
+    """One of four kinds: lobed with pale plasm, kidney-shaped, small and all nucleus, or full of granules."""
+    window = canvas.window(outline)
+    if window.is_empty:
+        return
+    kind = str(rng.choice(["lobed", "kidney", "round", "granular"], p=[0.5, 0.16, 0.2, 0.14]))
+    radius = outline.radius
+    texture = canvas.texture[window.slices]
+    field = outline.field(window)
+    inside = smooth_step((1.0 - field) * np.float32(radius / canvas.edge_px))
+
+    mix = np.float32(rng.random())
+    plasm = _CYTOPLASM_LILAC * (1 - mix) + {"kidney": _CYTOPLASM_BLUE, "round": _CYTOPLASM_BLUE}.get(
+        kind, _CYTOPLASM_PINK
+    ) * mix
+    grain = np.float32(rng.uniform(4.0, 12.0) if kind != "granular" else rng.uniform(14.0, 24.0))
+    canvas.paint(window, inside * np.float32(rng.uniform(0.78, 0.95)), plasm + texture[:, :, None] * grain)
+
+    shape = _nucleus_field(rng, kind, outline, window)
+    alpha = smooth_step((shape + texture * np.float32(0.02)) * np.float32(radius / canvas.edge_px)) * inside
+    mix = np.float32(rng.random())
+    nucleus = _NUCLEUS_VIOLET * (1 - mix) + _NUCLEUS_BLUE * mix + rng.normal(0.0, 6.0, 3).astype(np.float32)
+    shade = np.clip(shape * np.float32(3.0), 0.0, 1.0)[:, :, None] * _colour(-12, -16, -4)
+    chromatin = texture[:, :, None] * _colour(6, 7, 4) * np.float32(rng.uniform(0.3, 1.6))
+    canvas.paint(window, alpha * np.float32(0.97), nucleus + shade + chromatin)
+
+
+def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window: Window) -> FloatArray:
+    """[h, w]: positive inside the nucleus, in units of the cell's radius."""
+    radius = outline.radius
+    if kind == "round":
+        size = rng.uniform(0.82, 0.96)
+        inner = Outline(
+            outline.x, outline.y, outline.half_width * size, outline.half_height * size, outline.angle, outline.wobble
+        )
+        field: FloatArray = (1.0 - inner.field(window)) * np.float32(size)
+        return field
+    if kind == "kidney":
+        count, arc, ring, lobe = 6, rng.uniform(1.6, 2.8), rng.uniform(0.3, 0.42), rng.uniform(0.34, 0.42)
+    else:
+        count, arc, ring, lobe = int(rng.integers(2, 6)), rng.uniform(3.2, 5.2), rng.uniform(0.4, 0.5), 0.3
+    start = rng.uniform(0.0, 2.0 * np.pi)
+    softness = np.float32(14.0)
+    total: FloatArray | None = None
+    for step in range(count):
+        angle = start + arc * (step / (count - 1) + rng.normal(0.0, 0.03))
+        distance = ring * rng.uniform(0.85, 1.15)
+        size = lobe * rng.uniform(0.8, 1.15)
+        part = random_outline(
+            rng, outline.x + distance * radius * np.cos(angle), outline.y + distance * radius * np.sin(angle),
+            size * radius, True,
+        )
+        height = np.exp((1.0 - part.field(window)) * np.float32(size) * softness)
+        total = height if total is None else total + height
+    assert total is not None
+    union: FloatArray = np.log(total) / softness
+    return union
+
+
+def draw_platelet(canvas: Canvas, rng: np.random.Generator, outline: Outline) -> None:
+    """A small violet blob, darker and grainy in the middle."""
+    window = canvas.window(outline)
+    if window.is_empty:
+        return
+    texture = canvas.texture[window.slices]
+    field = outline.field(window)
+    inside = smooth_step((1.0 - field) * np.float32(outline.radius / (canvas.edge_px * 1.2)))
+    mix = np.float32(rng.random())
+    colour = _PLATELET_VIOLET * (1 - mix) + _PLATELET_GREY * mix
+    body = smooth_step((np.float32(rng.uniform(0.5, 0.8)) - field) * np.float32(2.2))
+    alpha = inside * np.clip(np.float32(0.5) + np.float32(0.45) * body + np.float32(0.12) * texture, 0.0, 1.0)
+    canvas.paint(window, alpha, colour + (body * np.float32(-14.0) + texture * np.float32(6.0))[:, :, None])
+
+
+def draw_dust(canvas: Canvas, rng: np.random.Generator) -> None:
+    """A grey speck out of focus, or a droplet's thin ring: neither is a cell."""
+    height, width = canvas.texture.shape
+    x, y = rng.uniform(0.0, width), rng.uniform(0.0, height)
+    if rng.random() < 0.5:
+        _draw_bubble(canvas, rng, x, y, rng.uniform(3.0, 6.0) * canvas.scale)
+        return
+    outline = random_outline(rng, x, y, rng.uniform(8.0, 16.0) * canvas.scale, True)
+    window = canvas.window(outline, outline.radius)
+    thickness = np.exp(-(outline.field(window) ** 2) * np.float32(1.5))
+    canvas.absorb(window, thickness, _colour(0.22, 0.2, 0.19) * np.float32(rng.uniform(0.2, 1.3)))
+
+
+def _draw_bubble(canvas: Canvas, rng: np.random.Generator, x: float, y: float, radius: float) -> None:
+    outline = random_outline(rng, x, y, max(radius, 1.0), True)
+    window = canvas.window(outline, outline.radius)
+    if window.is_empty:
+        return
+    field = outline.field(window)
+    ring = np.exp(-(((field - 1.0) * np.float32(3.5)) ** 2))
+    glint = np.exp(-((field * np.float32(1.8)) ** 2))
+    strength = np.float32(rng.uniform(0.2, 1.0))
+    canvas.absorb(window, (ring - np.float32(0.9) * glint) * strength, _colour(0.25, 0.4, 0.22))
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, grain_px: float) -> FloatArray:
+    grain_px = max(grain_px, 1.0)
+    small = rng.standard_normal((int(height / grain_px) + 2, int(width / grain_px) + 2), dtype=np.float32)
+    noise = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(noise, dtype=np.float32) * np.float32(1.2)
