@@ -1,0 +1,75 @@
+"""manifest.json: everything a server must know of a model that is not in its graph."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from bundle.resize import Canvas, ResizeRule
+
+FORMAT_VERSION = 1
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Rgb = tuple[float, float, float]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelName(_Record):
+    """What the model is called, and which of its versions this is."""
+
+    name: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+
+
+class ParityRecord(_Record):
+    """How far an engine was from float32 PyTorch on the same inputs."""
+
+    canvas: Canvas
+    batch_size: int = Field(ge=1)
+    max_box_error: float = Field(ge=0, description="of the image's side")
+    max_score_error: float = Field(ge=0)
+    engine: str = Field(default="onnxruntime", description="what was compared: onnxruntime, or an engine's file name")
+    detections_compared: int | None = Field(default=None, ge=0)
+
+
+class EngineRecord(_Record):
+    """An engine file built for one kind of GPU."""
+
+    file: str
+    flavour: Literal["tensorrt", "rtx"]
+    arch: str = Field(description="for example sm80")
+    precision: str
+    sha256: Sha256
+    built_with: dict[str, str] = Field(default_factory=dict)
+
+    _plain_name = field_validator("file")(lambda value: plain_file_name(value))
+
+
+class Manifest(_Record):
+    """The manifest of a bundle, format version 1."""
+
+    format_version: int = FORMAT_VERSION
+    model: ModelName
+    variant: str
+    categories: dict[int, str] = Field(min_length=1, description="category id to name")
+    resize: ResizeRule
+    canvases: tuple[Canvas, ...] = Field(min_length=1)
+    mean: Rgb = Field(description="of RGB in 0..1; applied inside the graph")
+    std: Rgb
+    precision: str = "fp32"
+    max_detections: int = Field(default=100, ge=1, description="K, the graph's detections an image")
+    hashes: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of 'onnx' (model.onnx), 'checkpoint' (model.safetensors) and others"
+    )
+    built_with: dict[str, str] = Field(default_factory=dict, description="program to version")
+    parity: tuple[ParityRecord, ...] = ()
+    engines: tuple[EngineRecord, ...] = ()
+
+
+def plain_file_name(name: str) -> str:
+    """`name`, if it is a file name without a folder; else ValueError."""
+    if not name or name in {".", ".."} or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
