@@ -14,22 +14,26 @@ def _colour(*rgb: float) -> FloatArray:
 
 # Levels of 255, and optical densities (-ln of transmission), for red, green and blue.
 _BACKGROUND = _colour(200, 203, 197)
-_RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.085, 0.23, 0.165), _colour(0.13, 0.36, 0.34)
+_RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.07, 0.24, 0.19), _colour(0.10, 0.35, 0.37)
 _CYTOPLASM_LILAC, _CYTOPLASM_PINK, _CYTOPLASM_BLUE = _colour(178, 160, 192), _colour(186, 130, 152), _colour(158, 158, 205)
 _NUCLEUS_VIOLET, _NUCLEUS_BLUE = _colour(132, 92, 208), _colour(104, 92, 202)
 _PLATELET_VIOLET, _PLATELET_GREY = _colour(140, 118, 190), _colour(158, 158, 198)
 
+# Lobed nucleus in pale plasm; lobes amid coarse red granules; one kidney; small and nearly all nucleus.
+WHITE_KINDS = {"lobed": 0.5, "granular": 0.14, "kidney": 0.14, "round": 0.22}
+
 
 @dataclass
 class Canvas:
-    """A picture in the making: `density` [H, W, 3] gathers what absorbs light, `image` [H, W, 3] in 0..255 follows."""
+    """A picture in the making: `thickness` gathers the red cells, `image` is what the light leaves of them."""
 
-    density: FloatArray
-    image: FloatArray
-    texture: FloatArray  # [H, W], smooth noise of unit variance
+    thickness: FloatArray  # [H, W], in units of one plain red cell
+    image: FloatArray  # [H, W, 3], levels 0..255
+    texture: FloatArray  # [H, W], smooth noise of about unit variance
     scale: float
     edge_px: float
     red_cell_density: FloatArray  # [3]
+    overlap: float  # how much of the thinner cell's thickness shows where two red cells lie on each other
 
     @classmethod
     def blank(cls, rng: np.random.Generator, height: int, width: int, scale: float) -> "Canvas":
@@ -43,13 +47,13 @@ class Canvas:
         mix = np.float32(rng.random())
         red = (_RED_CELL_PINK * (1 - mix) + _RED_CELL_BROWN * mix) * np.float32(rng.uniform(0.8, 1.15))
         return cls(
-            density=np.zeros((height, width, 3), dtype=np.float32),
+            thickness=np.zeros((height, width), dtype=np.float32),
             image=light[:, :, None].astype(np.float32) * tint,
-            texture=_smooth_noise(rng, height, width, 3.0 * scale) * np.float32(0.7)
-            + _smooth_noise(rng, height, width, 9.0 * scale) * np.float32(0.7),
+            texture=_smooth_noise(rng, height, width, (4.0 * scale, 12.0 * scale)),
             scale=scale,
             edge_px=float(rng.uniform(1.6, 3.6)) * scale,
             red_cell_density=red,
+            overlap=float(rng.uniform(0.25, 0.75)),
         )
 
     def window(self, outline: Outline, margin: float = 0.0) -> Window:
@@ -57,11 +61,18 @@ class Canvas:
         return outline.window(height, width, margin + self.edge_px + 1.0)
 
     def develop(self) -> None:
-        """Light through everything that absorbs it so far."""
-        self.image *= np.exp(-self.density)
+        """Send the light through the red cells; what is drawn from here on lies over them."""
+        for channel, density in enumerate(self.red_cell_density):
+            self.image[:, :, channel] *= np.exp(self.thickness * -density)
+
+    def lay(self, window: Window, thickness: FloatArray) -> None:
+        """Add a red cell."""
+        below = self.thickness[window.slices]
+        thicker, thinner = np.maximum(below, thickness), np.minimum(below, thickness)
+        self.thickness[window.slices] = thicker + np.float32(self.overlap) * thinner
 
     def absorb(self, window: Window, thickness: FloatArray, density: FloatArray) -> None:
-        self.density[window.slices] += thickness[:, :, None] * density
+        self.image[window.slices] *= np.exp(thickness[:, :, None] * -density)
 
     def paint(self, window: Window, alpha: FloatArray, colour: FloatArray) -> None:
         """Colour is [3] or [h, w, 3]."""
@@ -71,7 +82,7 @@ class Canvas:
 
 def random_outline(rng: np.random.Generator, x: float, y: float, radius: float, stretched: bool) -> Outline:
     """An outline of about this radius in px; a stretched one is a squeezed or drawn-out disc now and then."""
-    stretch = float(np.exp(rng.normal(0.0, 0.13 if stretched else 0.06)))
+    stretch = float(np.exp(rng.normal(0.0, 0.09 if stretched else 0.06)))
     amplitude = np.array([0.02, 0.016, 0.008]) * rng.uniform(0.3, 2.2)
     wobble = rng.normal(0.0, 1.0, (3, 2)) * amplitude[:, None]
     wobble = np.clip(wobble, -0.07, 0.07)
@@ -93,21 +104,23 @@ def draw_red_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline) ->
     hollow = smooth_step((centre - field) * np.float32(1.0 / rng.uniform(0.15, 0.4)))
     rim = np.exp(-(((field - np.float32(0.93)) * np.float32(12.0)) ** 2))
     strength = np.float32(np.clip(rng.normal(1.0, 0.16), 0.6, 1.5))
-    thickness = inside * (1.0 - pallor * hollow + np.float32(rng.uniform(0.05, 0.4)) * rim)
-    thickness *= strength * (1.0 + np.float32(0.02) * canvas.texture[window.slices])
-    canvas.absorb(window, thickness, canvas.red_cell_density)
-    if rng.random() < 0.12:
-        radius = outline.radius
-        x, y = outline.x + rng.normal(0.0, 0.2) * radius, outline.y + rng.normal(0.0, 0.2) * radius
-        _draw_bubble(canvas, rng, x, y, rng.uniform(0.08, 0.16) * radius)
+    thickness = inside * (1.0 - pallor * hollow + np.float32(rng.uniform(0.0, 0.3)) * rim)
+    thickness *= strength * (1.0 + np.float32(0.03) * canvas.texture[window.slices])
+    canvas.lay(window, thickness)
 
 
-def draw_white_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline) -> None:
-    """One of four kinds: lobed with pale plasm, kidney-shaped, small and all nucleus, or full of granules."""
+def draw_refraction(canvas: Canvas, rng: np.random.Generator, outline: Outline) -> None:
+    """The bright, dark-edged ring that trapped air or water leaves in a red cell."""
+    radius = outline.radius
+    x, y = outline.x + rng.normal(0.0, 0.2) * radius, outline.y + rng.normal(0.0, 0.2) * radius
+    _draw_bubble(canvas, rng, x, y, rng.uniform(0.07, 0.15) * radius)
+
+
+def draw_white_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline, kind: str) -> None:
+    """A white cell of one of WHITE_KINDS."""
     window = canvas.window(outline)
     if window.is_empty:
         return
-    kind = str(rng.choice(["lobed", "kidney", "round", "granular"], p=[0.5, 0.16, 0.2, 0.14]))
     radius = outline.radius
     texture = canvas.texture[window.slices]
     field = outline.field(window)
@@ -117,11 +130,11 @@ def draw_white_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline) 
     plasm = _CYTOPLASM_LILAC * (1 - mix) + {"kidney": _CYTOPLASM_BLUE, "round": _CYTOPLASM_BLUE}.get(
         kind, _CYTOPLASM_PINK
     ) * mix
-    grain = np.float32(rng.uniform(4.0, 12.0) if kind != "granular" else rng.uniform(14.0, 24.0))
+    grain = np.float32(rng.uniform(2.0, 7.0) if kind != "granular" else rng.uniform(10.0, 18.0))
     canvas.paint(window, inside * np.float32(rng.uniform(0.78, 0.95)), plasm + texture[:, :, None] * grain)
 
     shape = _nucleus_field(rng, kind, outline, window)
-    alpha = smooth_step((shape + texture * np.float32(0.02)) * np.float32(radius / canvas.edge_px)) * inside
+    alpha = smooth_step((shape + texture * np.float32(0.012)) * np.float32(radius / (1.3 * canvas.edge_px))) * inside
     mix = np.float32(rng.random())
     nucleus = _NUCLEUS_VIOLET * (1 - mix) + _NUCLEUS_BLUE * mix + rng.normal(0.0, 6.0, 3).astype(np.float32)
     shade = np.clip(shape * np.float32(3.0), 0.0, 1.0)[:, :, None] * _colour(-12, -16, -4)
@@ -142,14 +155,14 @@ def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window
     if kind == "kidney":
         count, arc, ring, lobe = 6, rng.uniform(1.6, 2.8), rng.uniform(0.3, 0.42), rng.uniform(0.34, 0.42)
     else:
-        count, arc, ring, lobe = int(rng.integers(2, 6)), rng.uniform(3.2, 5.2), rng.uniform(0.4, 0.5), 0.3
+        count, arc, ring, lobe = int(rng.integers(3, 6)), rng.uniform(3.0, 4.6), rng.uniform(0.38, 0.48), 0.36
     start = rng.uniform(0.0, 2.0 * np.pi)
     softness = np.float32(14.0)
     total: FloatArray | None = None
     for step in range(count):
         angle = start + arc * (step / (count - 1) + rng.normal(0.0, 0.03))
         distance = ring * rng.uniform(0.85, 1.15)
-        size = lobe * rng.uniform(0.8, 1.15)
+        size = lobe * rng.uniform(0.82, 1.15)
         part = random_outline(
             rng, outline.x + distance * radius * np.cos(angle), outline.y + distance * radius * np.sin(angle),
             size * radius, True,
@@ -201,8 +214,12 @@ def _draw_bubble(canvas: Canvas, rng: np.random.Generator, x: float, y: float, r
     canvas.absorb(window, (ring - np.float32(0.9) * glint) * strength, _colour(0.25, 0.4, 0.22))
 
 
-def _smooth_noise(rng: np.random.Generator, height: int, width: int, grain_px: float) -> FloatArray:
-    grain_px = max(grain_px, 1.0)
-    small = rng.standard_normal((int(height / grain_px) + 2, int(width / grain_px) + 2), dtype=np.float32)
-    noise = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(noise, dtype=np.float32) * np.float32(1.2)
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, grains_px: tuple[float, float]) -> FloatArray:
+    """[H, W]: two grains mixed. The coarse one is added to the fine one before the costly enlargement."""
+    fine_px, coarse_px = (max(grain_px, 1.0) for grain_px in grains_px)
+    size = (int(width / fine_px) + 2, int(height / fine_px) + 2)
+    coarse = rng.standard_normal((int(height / coarse_px) + 2, int(width / coarse_px) + 2), dtype=np.float32)
+    noise = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    noise = noise + rng.standard_normal((size[1], size[0]), dtype=np.float32)
+    enlarged = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(enlarged, dtype=np.float32)

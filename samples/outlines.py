@@ -1,5 +1,6 @@
 """The outline of a cell: a rotated ellipse whose radius wobbles with the angle."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,7 @@ class Outline:
 
     @property
     def radius(self) -> float:
-        return float(np.sqrt(self.half_width * self.half_height))
+        return math.sqrt(self.half_width * self.half_height)
 
     def box(self) -> tuple[float, float, float, float]:
         """x0, y0, x1, y1 in px of the whole outline, also where it leaves the picture."""

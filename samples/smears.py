@@ -5,13 +5,23 @@ counts, colours and overlaps follow the statistics of stained smears photographe
 """
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from samples.cells import Canvas, draw_dust, draw_platelet, draw_red_cell, draw_white_cell, random_outline
+from samples.cells import (
+    WHITE_KINDS,
+    Canvas,
+    draw_dust,
+    draw_platelet,
+    draw_red_cell,
+    draw_refraction,
+    draw_white_cell,
+    random_outline,
+)
 from samples.outlines import FloatArray, Outline
 
 CATEGORIES = {1: "RBC", 2: "WBC", 3: "Platelets"}
@@ -19,6 +29,7 @@ RED, WHITE, PLATELET = 1, 2, 3
 
 _MIN_SIDE_PX = 32
 _REFERENCE_AREA_PX = 480 * 640
+_THROWS = 30
 # A cell is labelled from this visible share on; below the second figure it is an unlabelled sliver at the border.
 # Nothing is drawn between the two, so no label is a matter of taste.
 _LABELLED_SHARE, _SLIVER_SHARE = 0.5, 0.25
@@ -37,6 +48,7 @@ class Smear:
 class _Cell:
     category_id: int
     outline: Outline
+    kind: str = ""
 
 
 def draw_smear(seed: int, height: int = 480, width: int = 640) -> Smear:
@@ -55,13 +67,17 @@ def draw_smear(seed: int, height: int = 480, width: int = 640) -> Smear:
     canvas = Canvas.blank(rng, height, width, scale)
     for _ in range(int(rng.integers(0, 5))):
         draw_dust(canvas, rng)
-    for cell in cells:
-        if cell.category_id == RED:
-            draw_red_cell(canvas, rng, cell.outline)
+    red_cells = [cell for cell in cells if cell.category_id == RED]
+    for cell in red_cells:
+        draw_red_cell(canvas, rng, cell.outline)
     canvas.develop()
+    refracting_share = rng.choice([0.02, 0.1, 0.4])
+    for cell in red_cells:
+        if rng.random() < refracting_share:
+            draw_refraction(canvas, rng, cell.outline)
     for cell in cells:
         if cell.category_id == WHITE:
-            draw_white_cell(canvas, rng, cell.outline)
+            draw_white_cell(canvas, rng, cell.outline, cell.kind)
         elif cell.category_id == PLATELET:
             draw_platelet(canvas, rng, cell.outline)
     image = _photograph(canvas.image, rng)
@@ -74,38 +90,41 @@ def draw_smear(seed: int, height: int = 480, width: int = 640) -> Smear:
 
 
 def _place_cells(rng: np.random.Generator, height: int, width: int, scale: float) -> list[_Cell]:
+    """Throw cells at the picture, white ones first; a cell that lands too near another is thrown again."""
     cells: list[_Cell] = []
 
-    def place(category_id: int, count: int, radius_px: float, spread: float, gap: dict[int, float]) -> None:
-        for _ in range(count):
-            for _ in range(30):
-                radius = radius_px * scale * float(np.clip(rng.normal(1.0, spread), 0.7, 1.4))
-                outline = random_outline(
-                    rng, rng.uniform(-0.4 * radius, width + 0.4 * radius),
-                    rng.uniform(-0.4 * radius, height + 0.4 * radius), radius, category_id == RED,
-                )
-                share = _visible_share(outline, height, width)
-                if _SLIVER_SHARE <= share < _LABELLED_SHARE or (share < _LABELLED_SHARE and category_id != RED):
-                    continue
-                if all(_distance(outline, other.outline) >= gap[other.category_id] for other in cells):
-                    cells.append(_Cell(category_id, outline))
-                    break
+    def place(category_id: int, radius_px: float, gap: dict[int, float], clumping: float = 0.0, kind: str = "") -> None:
+        for _ in range(_THROWS):
+            radius = radius_px * scale * float(np.clip(rng.normal(1.0, 0.09), 0.75, 1.35))
+            x, y = rng.uniform(-0.4 * radius, width + 0.4 * radius), rng.uniform(-0.4 * radius, height + 0.4 * radius)
+            if cells and rng.random() < clumping:
+                neighbour = cells[int(rng.integers(len(cells)))].outline
+                angle = rng.uniform(0.0, 2.0 * np.pi)
+                reach = (neighbour.radius + radius) * rng.uniform(gap[RED], 1.02)
+                x, y = neighbour.x + reach * np.cos(angle), neighbour.y + reach * np.sin(angle)
+            if any(_distance(x, y, radius, cell.outline) < gap[cell.category_id] for cell in cells):
+                continue
+            outline = random_outline(rng, x, y, radius, stretched=category_id == RED)
+            share = _visible_share(outline, height, width)
+            if share >= _LABELLED_SHARE or (category_id == RED and 0.0 < share < _SLIVER_SHARE):
+                cells.append(_Cell(category_id, outline, kind))
+                return
 
-    white_count = int(rng.choice(4, p=[0.06, 0.84, 0.07, 0.03]))
-    place(WHITE, white_count, rng.uniform(62.0, 110.0), 0.1, {WHITE: 0.95})
-    crowding = rng.uniform(0.58, 1.0)
-    place(RED, int(rng.integers(8, 26)), rng.normal(49.0, 3.0), 0.09, {WHITE: 0.9, RED: crowding})
-    platelets_on_cells = rng.random() < 0.2
-    place(
-        PLATELET, int(rng.choice(7, p=[0.3, 0.28, 0.2, 0.1, 0.06, 0.04, 0.02])), rng.uniform(15.0, 24.0), 0.12,
-        {WHITE: 1.02, RED: 0.3 if platelets_on_cells else 0.98, PLATELET: 1.0},
-    )
+    for _ in range(int(rng.choice(4, p=[0.06, 0.84, 0.07, 0.03]))):
+        kind = str(rng.choice(list(WHITE_KINDS), p=list(WHITE_KINDS.values())))
+        place(WHITE, rng.uniform(56.0, 84.0) if kind == "round" else rng.uniform(74.0, 116.0), {WHITE: 0.95}, kind=kind)
+    red_radius, nearness, clumping = rng.normal(49.0, 3.0), rng.uniform(0.55, 1.0), rng.uniform(0.0, 0.8)
+    for _ in range(int(rng.integers(8, 27))):
+        place(RED, red_radius, {WHITE: 0.9, RED: nearness}, clumping)
+    platelet_radius, on_cells = rng.uniform(15.0, 24.0), rng.random() < 0.2
+    for _ in range(int(rng.choice(7, p=[0.3, 0.28, 0.2, 0.1, 0.06, 0.04, 0.02]))):
+        place(PLATELET, platelet_radius, {WHITE: 1.02, RED: 0.3 if on_cells else 0.98, PLATELET: 1.0})
     return cells
 
 
-def _distance(a: Outline, b: Outline) -> float:
+def _distance(x: float, y: float, radius: float, other: Outline) -> float:
     """Distance of the centres in units of the sum of the radii: 1 where two discs touch."""
-    return float(np.hypot(a.x - b.x, a.y - b.y) / (a.radius + b.radius))
+    return math.hypot(x - other.x, y - other.y) / (radius + other.radius)
 
 
 def _visible_share(outline: Outline, height: int, width: int) -> float:
