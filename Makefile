@@ -5,7 +5,7 @@
 # runs again only when pyproject.toml has changed.
 
 VENV ?= .venv
-HOST ?= 0.0.0.0
+HOST ?=
 PORT ?= 8000
 
 # Which torch is installed. pip takes it from the index you have configured; where the default build would bring
@@ -25,7 +25,7 @@ ARGS ?=
 OUTPUT ?= models/blood-cells
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
 
@@ -38,8 +38,8 @@ help: ## this list
 
 setup: $(READY) ## make .venv with all that tests, training and export need
 
-serve: $(SERVING) ## serve the embedded model at http://localhost:8000 (PORT=..., HOST=...)
-	$(BIN)/ddetr serve --host $(HOST) --port $(PORT)
+serve: $(SERVING) ## serve the embedded model at http://localhost:8000 (PORT=...)
+	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
 
 test: $(READY) ## run the tests (ARGS="tests/server -k batcher")
 	$(BIN)/python -m pytest $(ARGS)

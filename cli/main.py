@@ -1,0 +1,82 @@
+"""`ddetr VERB ...`: one module of this package a verb, imported only when its verb is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol, cast
+
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+VERBS = {
+    "serve": "serve a bundle over HTTP",
+    "detect": "detect in files or a folder: JSON, or pictures with the boxes drawn",
+    "export": "turn a checkpoint into a bundle, verified against PyTorch",
+    "train": "train or fine-tune on COCO-format data",
+    "evaluate": "measure a checkpoint's AP on COCO-format data",
+}
+
+EXAMPLE = """\
+example:
+  ddetr serve --port 8000
+  ddetr VERB --help
+"""
+
+
+class Verb(Protocol):
+    """What a module `cli.<verb>` offers."""
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Carry out the verb with the arguments after its name; the exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status of the process."""
+    arguments = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        status = load(arguments.verb).run(arguments.arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has left. Point stdout elsewhere, or the interpreter's own flush at exit fails again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the words before the verb's own arguments."""
+    verbs = "\n".join(f"  {name:<10} {summary}" for name, summary in VERBS.items())
+    root = argparse.ArgumentParser(
+        prog="ddetr",
+        usage="ddetr [--help] [--version] VERB ...",
+        description=f"Deformable DETR: train, export, serve.\n\nverbs:\n{verbs}",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=f"ddetr {installed_version()}")
+    root.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    root.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return root
+
+
+def load(verb: str) -> Verb:
+    """The module of a verb. The import is late so that `ddetr serve` runs on a host without torch."""
+    return cast(Verb, importlib.import_module(f"cli.{verb}"))
+
+
+def installed_version() -> str:
+    """The version pip installed, or `unknown` in a bare checkout."""
+    try:
+        return version("ddetr")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
