@@ -15,7 +15,12 @@ def _colour(*rgb: float) -> FloatArray:
 # Levels of 255, and optical densities (-ln of transmission), for red, green and blue.
 _BACKGROUND = _colour(200, 203, 197)
 _RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.07, 0.24, 0.19), _colour(0.10, 0.35, 0.37)
-_CYTOPLASM_LILAC, _CYTOPLASM_PINK, _CYTOPLASM_BLUE = _colour(178, 160, 192), _colour(186, 130, 152), _colour(158, 158, 205)
+_PLASM_LILAC, _PLASM_ROSE, _PLASM_RED, _PLASM_BLUE = (
+    _colour(180, 162, 196),
+    _colour(184, 154, 180),
+    _colour(182, 128, 150),
+    _colour(162, 160, 206),
+)
 _NUCLEUS_VIOLET, _NUCLEUS_BLUE = _colour(132, 92, 208), _colour(104, 92, 202)
 _PLATELET_VIOLET, _PLATELET_GREY = _colour(140, 118, 190), _colour(158, 158, 198)
 
@@ -38,9 +43,9 @@ class Canvas:
     @classmethod
     def blank(cls, rng: np.random.Generator, height: int, width: int, scale: float) -> "Canvas":
         """A lit, empty field: tint, vignette and slow gradients of one photograph."""
-        tint = _BACKGROUND * np.float32(rng.uniform(0.93, 1.05)) + rng.normal(0.0, 3.5, 3).astype(np.float32)
+        tint = _BACKGROUND * np.float32(rng.uniform(0.96, 1.06)) + rng.normal(0.0, 2.5, 3).astype(np.float32)
         tilt_x, tilt_y = rng.normal(0.0, 0.03, 2)
-        vignette = rng.uniform(0.0, 0.12)
+        vignette = rng.uniform(0.0, 0.08)
         x = np.linspace(-1.0, 1.0, width, dtype=np.float32)[None, :]
         y = np.linspace(-1.0, 1.0, height, dtype=np.float32)[:, None]
         light = 1.0 - vignette * 0.5 * (x * x + y * y) + tilt_x * x + tilt_y * y
@@ -80,15 +85,21 @@ class Canvas:
         patch += alpha[:, :, None] * (colour - patch)
 
 
-def random_outline(rng: np.random.Generator, x: float, y: float, radius: float, stretched: bool) -> Outline:
+def random_outline(
+    rng: np.random.Generator, x: float, y: float, radius: float, stretched: bool, raggedness: float = 1.0
+) -> Outline:
     """An outline of about this radius in px; a stretched one is a squeezed or drawn-out disc now and then."""
     stretch = float(np.exp(rng.normal(0.0, 0.09 if stretched else 0.06)))
-    amplitude = np.array([0.02, 0.016, 0.008]) * rng.uniform(0.3, 2.2)
+    amplitude = np.array([0.02, 0.016, 0.008]) * (raggedness * rng.uniform(0.3, 2.2))
     wobble = rng.normal(0.0, 1.0, (3, 2)) * amplitude[:, None]
-    wobble = np.clip(wobble, -0.07, 0.07)
+    wobble = np.clip(wobble, -0.08, 0.08)
     return Outline(
-        x=float(x), y=float(y), half_width=radius * stretch, half_height=radius / stretch,
-        angle=float(rng.uniform(0.0, np.pi)), wobble=tuple((float(a), float(b)) for a, b in wobble),
+        x=float(x),
+        y=float(y),
+        half_width=radius * stretch,
+        half_height=radius / stretch,
+        angle=float(rng.uniform(0.0, np.pi)),
+        wobble=tuple((float(a), float(b)) for a, b in wobble),
     )
 
 
@@ -127,9 +138,8 @@ def draw_white_cell(canvas: Canvas, rng: np.random.Generator, outline: Outline, 
     inside = smooth_step((1.0 - field) * np.float32(radius / canvas.edge_px))
 
     mix = np.float32(rng.random())
-    plasm = _CYTOPLASM_LILAC * (1 - mix) + {"kidney": _CYTOPLASM_BLUE, "round": _CYTOPLASM_BLUE}.get(
-        kind, _CYTOPLASM_PINK
-    ) * mix
+    other = {"lobed": _PLASM_ROSE, "granular": _PLASM_RED, "kidney": _PLASM_BLUE, "round": _PLASM_BLUE}[kind]
+    plasm = _PLASM_LILAC * (1 - mix) + other * mix
     grain = np.float32(rng.uniform(2.0, 7.0) if kind != "granular" else rng.uniform(10.0, 18.0))
     canvas.paint(window, inside * np.float32(rng.uniform(0.78, 0.95)), plasm + texture[:, :, None] * grain)
 
@@ -155,21 +165,23 @@ def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window
     if kind == "kidney":
         count, arc, ring, lobe = 6, rng.uniform(1.6, 2.8), rng.uniform(0.3, 0.42), rng.uniform(0.34, 0.42)
     else:
-        count, arc, ring, lobe = int(rng.integers(3, 6)), rng.uniform(3.0, 4.6), rng.uniform(0.38, 0.48), 0.36
+        count, arc, ring, lobe = int(rng.integers(3, 6)), rng.uniform(3.2, 5.0), rng.uniform(0.42, 0.5), 0.34
     start = rng.uniform(0.0, 2.0 * np.pi)
-    softness = np.float32(14.0)
-    total: FloatArray | None = None
+    softness = np.float32(12.0 if kind == "kidney" else 20.0)
+    # The soft maximum of the lobes' fields joins them where they meet. Not quite zero: the logarithm must exist.
+    total = np.full((window.y1 - window.y0, window.x1 - window.x0), 1e-30, dtype=np.float32)
     for step in range(count):
         angle = start + arc * (step / (count - 1) + rng.normal(0.0, 0.03))
         distance = ring * rng.uniform(0.85, 1.15)
         size = lobe * rng.uniform(0.82, 1.15)
         part = random_outline(
-            rng, outline.x + distance * radius * np.cos(angle), outline.y + distance * radius * np.sin(angle),
-            size * radius, True,
+            rng,
+            outline.x + distance * radius * np.cos(angle),
+            outline.y + distance * radius * np.sin(angle),
+            size * radius,
+            True,
         )
-        height = np.exp((1.0 - part.field(window)) * np.float32(size) * softness)
-        total = height if total is None else total + height
-    assert total is not None
+        total += np.exp((1.0 - part.field(window)) * np.float32(size) * softness)
     union: FloatArray = np.log(total) / softness
     return union
 

@@ -37,11 +37,11 @@ _LABELLED_SHARE, _SLIVER_SHARE = 0.5, 0.25
 
 @dataclass(frozen=True)
 class Smear:
-    """image uint8 [H, W, 3] RGB; boxes float32 [n, 4] x0, y0, x1, y1 in px, inside the image; category_ids int64 [n]."""
+    """A picture and the visible part of every cell in it; category ids are CATEGORIES' keys."""
 
-    image: NDArray[np.uint8]
-    boxes: NDArray[np.float32]
-    category_ids: NDArray[np.int64]
+    image: NDArray[np.uint8]  # [H, W, 3] RGB
+    boxes: NDArray[np.float32]  # [n, 4] x0, y0, x1, y1 in px, inside the image
+    category_ids: NDArray[np.int64]  # [n]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def _place_cells(rng: np.random.Generator, height: int, width: int, scale: float
                 x, y = neighbour.x + reach * np.cos(angle), neighbour.y + reach * np.sin(angle)
             if any(_distance(x, y, radius, cell.outline) < gap[cell.category_id] for cell in cells):
                 continue
-            outline = random_outline(rng, x, y, radius, stretched=category_id == RED)
+            outline = random_outline(
+                rng, x, y, radius, stretched=category_id != WHITE, raggedness=2.5 if category_id == PLATELET else 1.0
+            )
             share = _visible_share(outline, height, width)
             if share >= _LABELLED_SHARE or (category_id == RED and 0.0 < share < _SLIVER_SHARE):
                 cells.append(_Cell(category_id, outline, kind))
@@ -137,7 +139,7 @@ def _photograph(linear: FloatArray, rng: np.random.Generator) -> NDArray[np.uint
     """[H, W, 3] in 0..255: sensor noise, then the softness of a JPEG file."""
     height, width, _ = linear.shape
     noise = rng.standard_normal((height, width, 1), dtype=np.float32)
-    linear += noise * np.float32(rng.uniform(0.3, 2.0))
+    linear += noise * np.float32(rng.uniform(0.2, 1.5))
     pixels = np.clip(linear, 0.0, 255.0).astype(np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=int(rng.integers(70, 96)))
