@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from bundle import BundleError
+from cli import main as command
+from cli.handover import hand_over
+from cli.main import INTERRUPTED, VERBS, main
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
+    module = ModuleType(name)
+    for function, body in functions.items():
+        setattr(module, function, body)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in VERBS)
+    assert "example" in text
+
+
+def test_unknown_verb_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["sreve"])
+    assert left.value.code == 2
+    assert "'sreve'" in capsys.readouterr().err
+
+
+def test_no_verb_is_an_error() -> None:
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 2
+
+
+def test_arguments_after_the_verb_reach_it_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    stand_in(monkeypatch, "cli.train", run=lambda argv: seen.append(list(argv)) or 7)
+    assert main(["train", "--data", "d", "--help", "--", "-x"]) == 7
+    assert seen == [["--data", "d", "--help", "--", "-x"]]
+
+
+def test_interrupt_has_the_shell_s_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, "cli.train", run=interrupted)
+    assert main(["train"]) == INTERRUPTED
+
+
+def test_version_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_installed(name: str) -> str:
+        raise command.PackageNotFoundError(name)
+
+    monkeypatch.setattr(command, "version", nothing_installed)
+    assert command.installed_version() == "unknown"
+
+
+def test_handed_over_command_speaks_under_the_verb_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    stand_in(monkeypatch, "training.train", main=lambda argv: seen.append((sys.argv[0], argv)))
+    before = sys.argv[0]
+    assert hand_over("train", "training.train", "train", ("--epochs", "1")) == 0
+    assert seen == [("ddetr train", ["--epochs", "1"])]
+    assert sys.argv[0] == before
+
+
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def absent(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("cli.handover.importlib.import_module", absent)
+    assert hand_over("train", "training.train", "train", ()) == 2
+    assert capsys.readouterr().err == (
+        "ddetr train needs the train extra: pip install 'ddetr[train]' (torch is not installed)\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> ModuleType:
+        raise ModuleNotFoundError("No module named 'training.recipe'", name="training.recipe")
+
+    monkeypatch.setattr("cli.handover.importlib.import_module", absent)
+    with pytest.raises(ModuleNotFoundError, match="recipe"):
+        hand_over("train", "training.train", "train", ())
+
+
+def test_broken_bundle_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: list[str]) -> int:
+        raise BundleError("manifest.json: no such file")
+
+    stand_in(monkeypatch, "export.onnx_export", main=broken)
+    assert hand_over("export", "export.onnx_export", "export", ()) == 1
+    assert capsys.readouterr().err == "ddetr export: manifest.json: no such file\n"
