@@ -25,7 +25,8 @@ ARGS ?=
 OUTPUT ?= models/blood-cells
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Compiling everything while installing takes longer than compiling, on first import, what is used.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
 
@@ -81,12 +82,12 @@ $(BIN)/python:
 
 $(SERVING): pyproject.toml | $(BIN)/python
 	@echo "installing what serving needs into $(VENV) ..."
-	@$(PIP) install --editable .
+	@$(INSTALL) --editable .
 	@touch $@
 
 # torch comes first and by itself: the range in pyproject.toml is then satisfied and pip looks for no other build.
 $(READY): pyproject.toml $(SERVING)
 	@echo "installing what tests, training and export need into $(VENV): some minutes ..."
-	@$(PIP) install $(TORCH_PIP_ARGS) "$(TORCH)"
-	@$(PIP) install --editable ".[export,train,dev]"
+	@$(INSTALL) $(TORCH_PIP_ARGS) "$(TORCH)"
+	@$(INSTALL) --editable ".[export,train,dev]"
 	@touch $@
