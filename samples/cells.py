@@ -14,15 +14,15 @@ def _colour(*rgb: float) -> FloatArray:
 
 # Levels of 255, and optical densities (-ln of transmission), for red, green and blue.
 _BACKGROUND = _colour(200, 203, 197)
-_RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.07, 0.24, 0.19), _colour(0.10, 0.35, 0.37)
+_RED_CELL_PINK, _RED_CELL_BROWN = _colour(0.07, 0.23, 0.165), _colour(0.10, 0.34, 0.33)
 _PLASM_LILAC, _PLASM_ROSE, _PLASM_RED, _PLASM_BLUE = (
     _colour(180, 162, 196),
     _colour(184, 154, 180),
     _colour(182, 128, 150),
     _colour(162, 160, 206),
 )
-_NUCLEUS_VIOLET, _NUCLEUS_BLUE = _colour(132, 92, 208), _colour(104, 92, 202)
-_PLATELET_VIOLET, _PLATELET_GREY = _colour(140, 118, 190), _colour(158, 158, 198)
+_NUCLEUS_VIOLET, _NUCLEUS_BLUE = _colour(156, 112, 216), _colour(128, 108, 210)
+_PLATELET_VIOLET, _PLATELET_GREY = _colour(150, 128, 198), _colour(168, 168, 208)
 
 # Lobed nucleus in pale plasm; lobes amid coarse red granules; one kidney; small and nearly all nucleus.
 WHITE_KINDS = {"lobed": 0.5, "granular": 0.14, "kidney": 0.14, "round": 0.22}
@@ -43,14 +43,14 @@ class Canvas:
     @classmethod
     def blank(cls, rng: np.random.Generator, height: int, width: int, scale: float) -> "Canvas":
         """A lit, empty field: tint, vignette and slow gradients of one photograph."""
-        tint = _BACKGROUND * np.float32(rng.uniform(0.96, 1.06)) + rng.normal(0.0, 2.5, 3).astype(np.float32)
+        tint = _BACKGROUND * np.float32(rng.uniform(0.95, 1.04)) + rng.normal(0.0, 2.5, 3).astype(np.float32)
         tilt_x, tilt_y = rng.normal(0.0, 0.03, 2)
         vignette = rng.uniform(0.0, 0.08)
         x = np.linspace(-1.0, 1.0, width, dtype=np.float32)[None, :]
         y = np.linspace(-1.0, 1.0, height, dtype=np.float32)[:, None]
         light = 1.0 - vignette * 0.5 * (x * x + y * y) + tilt_x * x + tilt_y * y
         mix = np.float32(rng.random())
-        red = (_RED_CELL_PINK * (1 - mix) + _RED_CELL_BROWN * mix) * np.float32(rng.uniform(0.8, 1.15))
+        red = (_RED_CELL_PINK * (1 - mix) + _RED_CELL_BROWN * mix) * np.float32(rng.uniform(0.72, 1.12))
         return cls(
             thickness=np.zeros((height, width), dtype=np.float32),
             image=light[:, :, None].astype(np.float32) * tint,
@@ -182,7 +182,7 @@ def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window
             True,
         )
         total += np.exp((1.0 - part.field(window)) * np.float32(size) * softness)
-    union: FloatArray = np.log(total) / softness
+    union: FloatArray = np.log(total, dtype=np.float32) / softness
     return union
 
 

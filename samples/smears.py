@@ -114,8 +114,8 @@ def _place_cells(rng: np.random.Generator, height: int, width: int, scale: float
 
     for _ in range(int(rng.choice(4, p=[0.06, 0.84, 0.07, 0.03]))):
         kind = str(rng.choice(list(WHITE_KINDS), p=list(WHITE_KINDS.values())))
-        place(WHITE, rng.uniform(56.0, 84.0) if kind == "round" else rng.uniform(74.0, 116.0), {WHITE: 0.95}, kind=kind)
-    red_radius, nearness, clumping = rng.normal(49.0, 3.0), rng.uniform(0.55, 1.0), rng.uniform(0.0, 0.8)
+        place(WHITE, rng.uniform(56.0, 88.0) if kind == "round" else rng.uniform(80.0, 124.0), {WHITE: 0.95}, kind=kind)
+    red_radius, nearness, clumping = rng.normal(49.0, 3.0), rng.uniform(0.45, 1.0), rng.uniform(0.0, 0.8)
     for _ in range(int(rng.integers(8, 27))):
         place(RED, red_radius, {WHITE: 0.9, RED: nearness}, clumping)
     platelet_radius, on_cells = rng.uniform(15.0, 24.0), rng.random() < 0.2
