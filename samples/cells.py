@@ -169,7 +169,7 @@ def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window
     start = rng.uniform(0.0, 2.0 * np.pi)
     softness = np.float32(12.0 if kind == "kidney" else 20.0)
     # The soft maximum of the lobes' fields joins them where they meet. Not quite zero: the logarithm must exist.
-    total = np.full((window.y1 - window.y0, window.x1 - window.x0), 1e-30, dtype=np.float32)
+    total: FloatArray = np.full((window.y1 - window.y0, window.x1 - window.x0), 1e-30, dtype=np.float32)
     for step in range(count):
         angle = start + arc * (step / (count - 1) + rng.normal(0.0, 0.03))
         distance = ring * rng.uniform(0.85, 1.15)
@@ -178,11 +178,13 @@ def _nucleus_field(rng: np.random.Generator, kind: str, outline: Outline, window
             rng,
             outline.x + distance * radius * np.cos(angle),
             outline.y + distance * radius * np.sin(angle),
-            size * radius,
+            float(size * radius),
             True,
         )
-        total += np.exp((1.0 - part.field(window)) * np.float32(size) * softness)
-    union: FloatArray = np.log(total, dtype=np.float32) / softness
+        gain = np.float32(size) * softness
+        hill: FloatArray = np.exp(gain - gain * part.field(window))
+        total += hill
+    union: FloatArray = np.log(total) * np.float32(1.0 / softness)
     return union
 
 
