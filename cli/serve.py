@@ -1,0 +1,73 @@
+"""`ddetr serve`: the service, with a flag for each of its settings."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pydantic import ValidationError
+from pydantic_settings import CliApp, CliSettingsSource
+
+from bundle import BundleError
+from server.settings import Settings
+
+EXIT_FAILED = 1
+
+DESCRIPTION = """\
+Serve a bundle over HTTP: POST pictures to /detect, see /docs for the rest.
+
+Every flag is also an environment variable, named in brackets; a flag wins over its variable."""
+
+EXAMPLE = """\
+example:
+  ddetr serve --port 8000
+  curl -F image=@smear.jpg 'http://localhost:8000/detect?threshold=0.4'
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve until SIGTERM or SIGINT; 0 after a clean drain."""
+    settings = read_settings(argv)
+    from server.run import serve  # the engine and the web stack: not needed for --help or to refuse a flag
+
+    try:
+        serve(settings)
+    except BundleError as error:
+        print(f"ddetr serve: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Settings from flags, then the environment, then defaults; a refused value ends the process with a usage error."""
+    parser = argparse.ArgumentParser(
+        prog="ddetr serve",
+        usage="ddetr serve [flags]",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # The flags are made from the fields of Settings: names, defaults and descriptions have one place.
+    source: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        Settings,
+        root_parser=parser,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_show_env_vars=True,
+    )
+    try:
+        return CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
+    except ValidationError as error:
+        parser.error("; ".join(refusal(details["loc"], details["msg"], details["input"]) for details in error.errors()))
+
+
+def refusal(location: tuple[int | str, ...], message: str, given: object) -> str:
+    """`--port: Input should be less than 65536, not '70000'`, without the value where that is a secret."""
+    if not location:
+        return message
+    name = str(location[0])
+    shown = "" if "key" in name else f", not {given!r}"
+    return f"--{name.replace('_', '-')}: {message}{shown}"
