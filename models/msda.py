@@ -1,0 +1,129 @@
+"""Multi-scale deformable attention: the op of the paper's equation 3, written for any device and for autograd.
+
+Axes: N batch, S = sum of h_l*w_l, M heads, D channels of a head, Lq queries, L levels, P points of a level.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plugins import torch_op
+
+
+def sampling_locations(spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> Tensor:
+    """Where each point samples, in 0..1 of its level (x, y): [N, Lq, M, L, P, 2], always float32 or wider.
+
+    Around a point (R=2) an offset counts pixels of its level; around a box (R=4) it counts half the box over P.
+    """
+    offsets = sampling_offsets.to(reference_points.dtype)
+    reference = reference_points[:, :, None, :, None, :]  # [N, Lq, 1, L, 1, R]
+    if reference_points.shape[-1] == 2:
+        wh = spatial_shapes.flip(-1).to(reference_points.dtype)  # [L, 2] (w, h)
+        return reference + offsets / wh[None, None, None, :, None, :]
+    points = sampling_offsets.shape[-2]
+    return reference[..., :2] + offsets / points * reference[..., 2:] * 0.5
+
+
+def reference_ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """The op in plain PyTorch (softmax, bilinear samples, weighted sum); it differentiates.
+
+    value [N, S, M, D]; spatial_shapes [L, 2] int64 (h, w); reference_points [N, Lq, L, R], R 2 (x, y) or 4 (cx, cy, w, h)
+    in 0..1 with valid ratios applied; sampling_offsets [N, Lq, M, L, P, 2]; attention_logits [N, Lq, M, L*P].
+    Returns [N, Lq, M*D] of value's type. Zeros outside a level, align_corners=False. Raises ValueError where shapes disagree.
+    """
+    check_shapes(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    batch, _, heads, channels = value.shape
+    queries, levels, points = sampling_offsets.shape[1], sampling_offsets.shape[3], sampling_offsets.shape[4]
+    locations = sampling_locations(spatial_shapes, reference_points, sampling_offsets)
+    weights = attention_logits.to(locations.dtype).softmax(-1)  # [N, Lq, M, L*P]
+
+    shapes = [(int(h), int(w)) for h, w in spatial_shapes.tolist()]
+    maps = value.to(locations.dtype).split([h * w for h, w in shapes], dim=1)
+    samples = []
+    for level, (h, w) in enumerate(shapes):
+        plane = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # [N*M, Lq, P, 2]
+        samples.append(F.grid_sample(plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
+    stacked = torch.stack(samples, dim=-2).flatten(-2)  # [N*M, D, Lq, L*P]
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
+    output = (stacked * weights).sum(-1).view(batch, heads * channels, queries)
+    return output.transpose(1, 2).contiguous().to(value.dtype)  # [N, Lq, M*D]
+
+
+def check_shapes(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> None:
+    """Raise a ValueError that names the first input whose shape disagrees with the others."""
+    if value.dim() != 4:
+        raise ValueError(f"value must be [N, S, M, D], got {list(value.shape)}")
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
+        raise ValueError(f"spatial_shapes must be [L, 2], got {list(spatial_shapes.shape)}")
+    batch, pixels, heads, _ = value.shape
+    levels = spatial_shapes.shape[0]
+    if sampling_offsets.dim() != 6:
+        raise ValueError(f"sampling_offsets must be [N, Lq, M, L, P, 2], got {list(sampling_offsets.shape)}")
+    queries, points = sampling_offsets.shape[1], sampling_offsets.shape[4]
+    if tuple(sampling_offsets.shape) != (batch, queries, heads, levels, points, 2):
+        wanted = [batch, queries, heads, levels, points, 2]
+        raise ValueError(f"sampling_offsets must be {wanted}, got {list(sampling_offsets.shape)}")
+    if tuple(attention_logits.shape) != (batch, queries, heads, levels * points):
+        wanted = [batch, queries, heads, levels * points]
+        raise ValueError(f"attention_logits must be {wanted}, got {list(attention_logits.shape)}")
+    if tuple(reference_points.shape[:3]) != (batch, queries, levels) or reference_points.shape[-1] not in (2, 4):
+        wanted = [batch, queries, levels, "2 or 4"]
+        raise ValueError(f"reference_points must be {wanted}, got {list(reference_points.shape)}")
+    total = int(spatial_shapes.prod(-1).sum())
+    if total != pixels:
+        raise ValueError(f"spatial_shapes {spatial_shapes.tolist()} cover {total} pixels, value has {pixels}")
+
+
+@torch.library.custom_op("msda::ms_deform_attn", mutates_args=())
+def _op(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    return reference_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+
+
+@_op.register_fake
+def _(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    batch, _, heads, channels = value.shape
+    return value.new_empty((batch, sampling_offsets.shape[1], heads * channels))
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """The op as the network calls it: one opaque node in an exported graph, else the native kernel, else PyTorch."""
+    if torch.compiler.is_exporting():
+        output: Tensor = torch.ops.msda.ms_deform_attn(
+            value, spatial_shapes, reference_points, sampling_offsets, attention_logits
+        )
+        return output
+    if torch_op.serves(value, reference_points, sampling_offsets):
+        check_shapes(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+        return torch_op.ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    return reference_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)

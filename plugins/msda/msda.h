@@ -1,0 +1,37 @@
+// Multi-scale deformable attention: the C ABI that every adapter shares.
+//
+// Axes: N batch, S = sum of h_l*w_l, M heads, D channels of a head, Lq queries, L levels, P points of a level.
+// All arrays are dense and row-major. Softmax, sampling locations and bilinear weights are computed inside, in float.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct MsdaParams {
+  int64_t batch, pixels, heads, channels, queries, levels, points;
+  int64_t reference_dim;              // R: 2 (x, y) or 4 (cx, cy, w, h)
+  const int64_t* spatial_shapes;      // [L, 2] (h, w)
+  const float* value;                 // [N, S, M, D]
+  const float* reference_points;      // [N, Lq, L, R]
+  const float* sampling_offsets;      // [N, Lq, M, L, P, 2]
+  const float* attention_logits;      // [N, Lq, M, L*P]
+} MsdaParams;
+
+// The work is N*M independent units, one per head of an image; a call does those in [begin, end), so that the caller's
+// own threads can share it. Returns 0, or -1 when the parameters cannot be served.
+
+int msda_forward_f32(const MsdaParams* params, int64_t begin, int64_t end,
+                     float* output);  // [N, Lq, M*D], written whole
+
+int msda_backward_f32(const MsdaParams* params, int64_t begin, int64_t end,
+                      const float* grad_output,  // [N, Lq, M*D]
+                      float* grad_value,         // [N, S, M, D], added to: zero it first
+                      float* grad_locations,     // [N, Lq, M, L, P, 2] w.r.t. the locations in 0..1, written whole
+                      float* grad_logits);       // [N, Lq, M, L*P], written whole
+
+#ifdef __cplusplus
+}
+#endif
