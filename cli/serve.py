@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_settings import CliApp, CliSettingsSource
+from pydantic_settings import CliApp, CliSettingsSource, SettingsError
 
 from bundle import BundleError
+from server.errors import StartupError
 from server.settings import Settings
 
 EXIT_FAILED = 1
+
+METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}
 
 DESCRIPTION = """\
 Serve a bundle over HTTP: POST pictures to /detect, see /docs for the rest.
@@ -33,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         serve(settings)
-    except BundleError as error:
+    except (BundleError, StartupError) as error:
         print(f"ddetr serve: {error}", file=sys.stderr)
         return EXIT_FAILED
     return 0
@@ -57,11 +62,28 @@ def read_settings(argv: Sequence[str]) -> Settings:
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_show_env_vars=True,
+        add_argument_method=add_flag,
     )
     try:
         return CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
     except ValidationError as error:
         parser.error("; ".join(refusal(details["loc"], details["msg"], details["input"]) for details in error.errors()))
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> argparse.Action:
+    """`add_argument` with the words of a shell instead of Python's: `PATH`, not `tuple[Path,...]`."""
+    metavar = options.get("metavar", "")
+    if metavar.startswith("tuple["):
+        options["metavar"] = "LIST"
+    elif metavar in METAVARS:
+        options["metavar"] = METAVARS[metavar]
+    if options.get("help"):
+        options["help"] = re.sub(
+            r"default factory: (\w+)", lambda found: "default: " + found[1].replace("_", " "), options["help"]
+        )
+    return group.add_argument(*names, **options)
 
 
 def refusal(location: tuple[int | str, ...], message: str, given: object) -> str:
