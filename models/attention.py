@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """x, position [N, Q, C]; position joins queries and keys, not values; blocked [Q, Q] bool, True = unseen -> [N, Q, C]."""
+        """x, position [N, Q, C], blocked [Q, Q] bool, True = unseen -> [N, Q, C]; values are without the position."""
         c = x.shape[-1]
         query, key = F.linear(x + position, self.in_proj_weight[: 2 * c], self.in_proj_bias[: 2 * c]).chunk(2, dim=-1)
         value = F.linear(x, self.in_proj_weight[2 * c :], self.in_proj_bias[2 * c :])

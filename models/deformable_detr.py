@@ -40,9 +40,10 @@ class BoxHead(nn.Module):
 
     def __init__(self, hidden_dim: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(hidden_dim, hidden_dim if i < 2 else 4) for i in range(3))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        layers = [nn.Linear(hidden_dim, hidden_dim if i < 2 else 4) for i in range(3)]
+        nn.init.zeros_(layers[2].weight)
+        nn.init.zeros_(layers[2].bias)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, Q, C] -> [N, Q, 4]."""
@@ -90,12 +91,14 @@ class DeformableDetr(nn.Module):
             self.query_embed = nn.Embedding(config.num_queries, 2 * c)
 
         heads = 1 if not config.with_box_refine else config.num_decoder_layers + config.two_stage
-        self.class_embed = nn.ModuleList(nn.Linear(c, config.num_classes) for _ in range(heads))
-        self.bbox_embed = nn.ModuleList(BoxHead(c) for _ in range(heads))
-        for head in self.class_embed:
+        class_heads = [nn.Linear(c, config.num_classes) for _ in range(heads)]
+        for head in class_heads:
             nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        self.class_embed = nn.ModuleList(class_heads)
+        self.bbox_embed = nn.ModuleList(BoxHead(c) for _ in range(heads))
         if not config.two_stage:
-            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)  # w and h near 0.1
+            first_bias = self.get_parameter("bbox_embed.0.layers.2.bias")
+            nn.init.constant_(first_bias[2:], -2.0)  # w and h near 0.1
 
     def _input_projections(self) -> nn.ModuleList:
         """1x1 from C3, C4, C5 (or C5 alone), 3x3 of stride 2 for the levels beyond; GroupNorm(32) after each."""
@@ -109,7 +112,8 @@ class DeformableDetr(nn.Module):
             width = c
         for conv in projections:
             nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
         return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, c)) for conv in projections)
 
     def forward(
@@ -136,7 +140,7 @@ class DeformableDetr(nn.Module):
         x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [N, S, C]
         mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [N, S]
         position = torch.cat(positions, dim=1)  # [N, S, C]
-        centres = torch.cat([_pixel_centres(m, valid_ratios[:, i]) for i, m in enumerate(masks)], dim=1)  # [N, S, 2]
+        centres = torch.cat([_pixel_centres(m) for m in masks], dim=1)  # [N, S, 2]
         memory = self.transformer.encoder(
             x, position, centres[:, :, None] * valid_ratios[:, None], spatial_shapes, mask
         )
@@ -203,7 +207,7 @@ class DeformableDetr(nn.Module):
 
     def _box(self, layer: int, hidden: Tensor, reference: Tensor) -> Tensor:
         """Boxes [N, Q, 4] in 0..1 that correct the reference [N, Q, 2 or 4] a layer started from."""
-        delta = self._head(self.bbox_embed, layer)(hidden)
+        delta: Tensor = self._head(self.bbox_embed, layer)(hidden)
         logits = inverse_sigmoid(reference)
         if reference.shape[-1] == 4:
             return (delta + logits).sigmoid()
@@ -258,12 +262,17 @@ def _valid_ratio(mask: Tensor) -> Tensor:
     return torch.stack([filled[:, 0, :].mean(-1), filled[:, :, 0].mean(-1)], dim=-1)
 
 
-def _pixel_centres(mask: Tensor, valid_ratio: Tensor) -> Tensor:
-    """Each pixel's centre in 0..1 of the unpadded image: mask [N, h, w], valid_ratio [N, 2] -> [N, h*w, 2] (x, y)."""
+def _pixel_centres(mask: Tensor) -> Tensor:
+    """Each pixel's centre in 0..1 of the unpadded image: mask [N, h, w] -> [N, h*w, 2] (x, y).
+
+    Divided by the count of filled pixels, to the last bit as the official code does it for proposals: whether the first
+    of 50 rows (0.5 / 50) lies beyond the border of 0.01 hangs on that bit.
+    """
     n, h, w = mask.shape
-    y = (torch.arange(h, dtype=torch.float32, device=mask.device) + 0.5) / h
-    x = (torch.arange(w, dtype=torch.float32, device=mask.device) + 0.5) / w
-    y = y[None] / valid_ratio[:, 1:]  # [N, h]
-    x = x[None] / valid_ratio[:, :1]  # [N, w]
+    filled = mask.float()
+    y = torch.arange(h, dtype=torch.float32, device=mask.device) + 0.5
+    x = torch.arange(w, dtype=torch.float32, device=mask.device) + 0.5
+    y = y[None] / filled[:, :, 0].sum(-1, keepdim=True)  # [N, h]
+    x = x[None] / filled[:, 0, :].sum(-1, keepdim=True)  # [N, w]
     grid = torch.stack([x[:, None, :].expand(n, h, w), y[:, :, None].expand(n, h, w)], dim=-1)
     return grid.flatten(1, 2)

@@ -33,9 +33,10 @@ def reference_ms_deform_attn(
 ) -> Tensor:
     """The op in plain PyTorch (softmax, bilinear samples, weighted sum); it differentiates.
 
-    value [N, S, M, D]; spatial_shapes [L, 2] int64 (h, w); reference_points [N, Lq, L, R], R 2 (x, y) or 4 (cx, cy, w, h)
-    in 0..1 with valid ratios applied; sampling_offsets [N, Lq, M, L, P, 2]; attention_logits [N, Lq, M, L*P].
-    Returns [N, Lq, M*D] of value's type. Zeros outside a level, align_corners=False. Raises ValueError where shapes disagree.
+    value [N, S, M, D]; spatial_shapes [L, 2] int64 (h, w); reference_points [N, Lq, L, R], R 2 (x, y) or
+    4 (cx, cy, w, h) in 0..1 with valid ratios applied; sampling_offsets [N, Lq, M, L, P, 2];
+    attention_logits [N, Lq, M, L*P]. Returns [N, Lq, M*D] of value's type. Zeros outside a level,
+    align_corners=False. Raises ValueError where shapes disagree.
     """
     check_shapes(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     batch, _, heads, channels = value.shape
@@ -79,9 +80,9 @@ def check_shapes(
     if tuple(attention_logits.shape) != (batch, queries, heads, levels * points):
         wanted = [batch, queries, heads, levels * points]
         raise ValueError(f"attention_logits must be {wanted}, got {list(attention_logits.shape)}")
-    if tuple(reference_points.shape[:3]) != (batch, queries, levels) or reference_points.shape[-1] not in (2, 4):
-        wanted = [batch, queries, levels, "2 or 4"]
-        raise ValueError(f"reference_points must be {wanted}, got {list(reference_points.shape)}")
+    if tuple(reference_points.shape[:-1]) != (batch, queries, levels) or reference_points.shape[-1] not in (2, 4):
+        wanted_sides = f"[{batch}, {queries}, {levels}, 2 or 4]"
+        raise ValueError(f"reference_points must be {wanted_sides}, got {list(reference_points.shape)}")
     total = int(spatial_shapes.prod(-1).sum())
     if total != pixels:
         raise ValueError(f"spatial_shapes {spatial_shapes.tolist()} cover {total} pixels, value has {pixels}")
@@ -101,10 +102,10 @@ def _op(
 @_op.register_fake
 def _(
     value: Tensor,
-    spatial_shapes: Tensor,
-    reference_points: Tensor,
+    spatial_shapes: Tensor,  # noqa: ARG001 - the op's signature
+    reference_points: Tensor,  # noqa: ARG001
     sampling_offsets: Tensor,
-    attention_logits: Tensor,
+    attention_logits: Tensor,  # noqa: ARG001
 ) -> Tensor:
     batch, _, heads, channels = value.shape
     return value.new_empty((batch, sampling_offsets.shape[1], heads * channels))

@@ -1,4 +1,4 @@
-"""Compile the CPU kernel beside its source: `python -m plugins.build`. Without a C++ compiler it says so and succeeds."""
+"""Compile the CPU kernel beside its source: `python -m plugins.build`; without a C++ compiler it says so, exit 0."""
 
 import os
 import shutil

@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> bool:
-    """Whether the kernel can take these inputs: it is built, they are float32 on the CPU, L*P is not beyond its arrays."""
+    """Whether the kernel can take these inputs: it is built, they are float32 on the CPU, L*P fits its arrays."""
     return (
         value.device.type == "cpu"
         and value.dtype == reference_points.dtype == sampling_offsets.dtype == torch.float32
