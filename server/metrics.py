@@ -1,0 +1,96 @@
+"""What Prometheus scrapes; every metric's name is here and nowhere else."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from bundle import Manifest
+from server.batch_queue import LEAVE_REASONS, Batch
+from server.timing import STAGES, StageTimes
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
+_RATIOS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
+
+
+class Metrics:
+    """The metrics of one application, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+
+        self.requests = Counter(
+            "ddetr_requests", "Requests by route and HTTP status.", ["route", "status"], registry=self._registry
+        )
+        self.images = Counter("ddetr_images", "Images by what became of them.", ["outcome"], registry=self._registry)
+        self.request_latency = Histogram(
+            "ddetr_request_latency_seconds",
+            "Seconds from a /detect request's arrival to its answer.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.rejected = Counter(
+            "ddetr_rejected", "Requests to /detect refused, by error code.", ["reason"], registry=self._registry
+        )
+        self._stage_latency = Histogram(
+            "ddetr_stage_latency_seconds",
+            "Seconds an image spent in a stage.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._batch_size = Histogram(
+            "ddetr_batch_size", "Images in a batch.", buckets=_BATCH_SIZES, registry=self._registry
+        )
+        self._batches = Counter(
+            "ddetr_batches", "Batches by why they left the queue.", ["reason"], registry=self._registry
+        )
+        self._padding_ratio = Histogram(
+            "ddetr_padding_ratio",
+            "Share of a batch's pixels that are padding.",
+            buckets=_RATIOS,
+            registry=self._registry,
+        )
+        self._queue_depth = Gauge("ddetr_queue_depth", "Images waiting for an engine.", registry=self._registry)
+        self._model_info = Gauge(
+            "ddetr_model_info",
+            "The model in service; always 1.",
+            ["name", "version", "variant", "precision", "engine"],
+            registry=self._registry,
+        )
+        # Children made here show as 0 from the start, so that rates and alerts have something to look at.
+        self._stages = {stage: self._stage_latency.labels(stage) for stage in STAGES}
+        for reason in LEAVE_REASONS:
+            self._batches.labels(reason)
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Ask `depth` for the queue's length at every scrape."""
+        self._queue_depth.set_function(depth)
+
+    def set_model(self, manifest: Manifest, engine_name: str) -> None:
+        """Name the model in service, instead of any before."""
+        self._model_info.clear()
+        self._model_info.labels(
+            manifest.model.name, manifest.model.version, manifest.variant, manifest.precision, engine_name
+        ).set(1)
+
+    def observe_image(self, times: StageTimes) -> None:
+        """An image has been answered."""
+        self.images.labels("ok").inc()
+        for stage, histogram in self._stages.items():
+            histogram.observe(getattr(times, stage) / 1e3)
+
+    def observe_batch(self, batch: Batch) -> None:
+        """A batch leaves for an engine."""
+        filled = sum(entry.image.pixels.shape[0] * entry.image.pixels.shape[1] for entry in batch.entries)
+        area = batch.canvas.height * batch.canvas.width * len(batch.entries)
+        self._batch_size.observe(len(batch.entries))
+        self._batches.labels(batch.reason).inc()
+        self._padding_ratio.observe(1 - filled / area)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,171 @@
+"""The HTTP face: every route, and what of a request each stage gets to see."""
+
+import asyncio
+import math
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.types import Receive
+
+from server.admit import Ticket, check_api_key, check_length, timeout_ms
+from server.body import check_media_type, read_body, split_images
+from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
+from server.metrics import CONTENT_TYPE
+from server.options import DetectOptions, parse_options
+from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, json_body
+from server.schema import DETECT_REQUEST, DETECT_RESPONSES, ErrorSchema, HealthSchema
+from server.service import Service
+from server.timing import StageTimes, server_timing, slowest
+
+T = TypeVar("T")
+
+
+def build_router(service: Service) -> APIRouter:
+    """The routes of `service`."""
+    settings = service.settings
+
+    def require_key(request: Request) -> None:
+        check_api_key(request.headers, settings.api_keys)
+
+    router = APIRouter()
+    guarded = APIRouter(dependencies=[Depends(require_key)])
+
+    @guarded.post(
+        "/detect",
+        summary="Find objects in images",
+        response_class=Response,
+        responses=DETECT_RESPONSES,
+        openapi_extra=DETECT_REQUEST,
+    )
+    async def detect(request: Request) -> Response:
+        """Send one or more images; get the boxes, classes and scores of what is in them."""
+        arrived_s: float = request.state.arrived_s
+        options = parse_options(request.query_params.multi_items())
+        deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
+        check_media_type(request.headers)
+        check_length(request.headers, settings.max_body_bytes)
+        with service.admission.admit(deadline_s) as ticket:
+            try:
+                async with asyncio.timeout(deadline_s - service.clock()):
+                    return await _detect(service, request, options, deadline_s, ticket)
+            except TimeoutError as error:
+                service.metrics.images.labels(DeadlinePassed.code).inc(ticket.images)
+                taken_ms = (deadline_s - arrived_s) * 1e3
+                raise DeadlinePassed(f"no answer within {taken_ms:g} ms") from error
+            except ClientGone:
+                service.metrics.images.labels(ClientGone.code).inc(ticket.images)
+                raise
+
+    @guarded.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    @guarded.get("/model", summary="The model in service", response_class=Response)
+    async def model() -> Response:
+        content = service.manifest.model_dump(mode="json") | {"engine": service.engine_name}
+        return _json(content)
+
+    @router.get(
+        "/livez",
+        summary="Whether the process works; 503 asks for a restart",
+        response_class=Response,
+        responses={200: {"model": HealthSchema}, 503: {"model": HealthSchema}},
+    )
+    async def livez() -> Response:
+        stage = service.stalled_stage()
+        return _json({"status": "ok"}) if stage is None else _json({"status": f"no progress in {stage}"}, 503)
+
+    @router.get(
+        "/readyz",
+        summary="Whether requests should be sent here",
+        response_class=Response,
+        responses={200: {"model": HealthSchema}, 503: {"model": HealthSchema}},
+    )
+    async def readyz() -> Response:
+        reason = service.why_not_ready()
+        return _json({"status": "ok"}) if reason is None else _json({"status": reason}, 503)
+
+    router.include_router(guarded, responses={401: {"model": ErrorSchema}} if settings.api_keys else {})
+    return router
+
+
+async def _detect(
+    service: Service, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
+) -> Response:
+    settings = service.settings
+    body = await read_body(request.stream(), settings.max_body_bytes)
+    uploads = split_images(body, request.headers, settings.max_images_per_request)
+    del body
+    if options.format == "image" and len(uploads) != 1:
+        raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")
+    ticket.extend(len(uploads), deadline_s)
+    admit_ms = (service.clock() - request.state.arrived_s) * 1e3
+    outcomes = await _while_connected(request.receive, service.detect(uploads, options, deadline_s, ticket, admit_ms))
+    for outcome in outcomes:
+        if isinstance(outcome, ServiceError):
+            service.metrics.images.labels(outcome.code).inc()
+    check_outcomes(outcomes)
+
+    started_s = service.clock()
+    media_type = "application/json"
+    first = outcomes[0]
+    if options.format == "image" and isinstance(first, ImageAnswer) and isinstance(uploads[0], bytes):
+        content, media_type = await service.draw(uploads[0], first.detections), "image/png"
+    elif options.format == "coco":
+        content = coco_body(outcomes, service.manifest.categories)
+    else:
+        content = json_body(outcomes, service.manifest, options, request.state.request_id)
+    times = _finished_times(outcomes, (service.clock() - started_s) * 1e3)
+    for each in times:
+        service.metrics.observe_image(each)
+    return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(slowest(times))})
+
+
+def _finished_times(outcomes: list[Outcome], respond_ms: float) -> list[StageTimes]:
+    """The stage times of all images with an answer; writing it is part of postprocess."""
+    all_times = [outcome.times for outcome in outcomes if isinstance(outcome, ImageAnswer)]
+    return [replace(times, postprocess=times.postprocess + respond_ms) for times in all_times]
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled with ClientGone when the client closes the connection."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client closed the connection")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await leaving
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_response(error: ServiceError) -> Response:
+    """`{"error": {"code", "message"}}` with its status and, if it has one, its Retry-After."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return _json({"error": {"code": error.code, "message": error.message}}, error.status, headers)
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS),
+        status_code=status,
+        headers=headers,
+        media_type="application/json",
+    )

@@ -1,0 +1,61 @@
+"""Serves the application until it is told to stop: `ddetr serve`."""
+
+import logging
+import math
+import signal
+from types import FrameType
+
+import uvicorn
+
+from server.app import create_app
+from server.errors import StartupError
+from server.service import Service
+from server.settings import Settings
+
+logger = logging.getLogger("ddetr.run")
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT and finish what was admitted. Returns the exit status: 0, or 1 for no start."""
+    logging.basicConfig(level=settings.log_level.upper(), format=_FORMAT)
+    try:
+        app = create_app(settings)
+    except StartupError as error:
+        logger.error("cannot start: %s", error)  # noqa: TRY400  # for the user: the message tells all
+        return 1
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=settings.log_level
+        == "debug",  # requests are counted in metrics; a line each costs more than it tells
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_ms / 1e3),
+    )
+    server = _DrainingServer(config, app.state.service)
+    # uvicorn raises the signal once more when it is done, for the handler that was there before: this one, so that a
+    # stop that was asked for ends with 0.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: None)
+    server.run()
+    return 0 if server.started else 1
+
+
+class _DrainingServer(uvicorn.Server):
+    """Closes the door at the signal, not only when the last connection has ended."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        logger.info("%s: finishing %d images", signal.Signals(sig).name, self._service.admission.unanswered)
+        self._service.drain()
+        super().handle_exit(sig, frame)

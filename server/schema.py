@@ -1,0 +1,173 @@
+"""The shapes of bodies, for /docs. Answers are written by `respond`, not by these."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from server.options import DetectOptions
+
+
+class ModelNameSchema(BaseModel):
+    """The model that answered."""
+
+    name: str
+    version: str
+
+
+class DetectionSchema(BaseModel):
+    """One object found."""
+
+    label: str
+    class_id: int
+    score: float = Field(ge=0, le=1)
+    box: list[float] = Field(min_length=4, max_length=4, description="as box_format and units say; inside the picture")
+
+
+class ImageSchema(BaseModel):
+    """What was found in one image, best first."""
+
+    width: int = Field(description="px, of the picture as displayed: after its EXIF orientation")
+    height: int
+    detections: list[DetectionSchema]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str = Field(examples=["image_truncated"])
+    message: str
+
+
+class ErrorSchema(BaseModel):
+    """In the place of an answer, or of one image's."""
+
+    error: ErrorDetail
+
+
+class DetectSchema(BaseModel):
+    """The answer of /detect with format=json."""
+
+    model: ModelNameSchema
+    images: list[ImageSchema | ErrorSchema]
+    request_id: str
+
+
+class CocoImage(BaseModel):
+    """An image of a COCO dataset."""
+
+    id: int
+    width: int | None = None
+    height: int | None = None
+    error: ErrorDetail | None = None
+
+
+class CocoCategory(BaseModel):
+    """A category of a COCO dataset."""
+
+    id: int
+    name: str
+
+
+class CocoAnnotation(BaseModel):
+    """A detection as a COCO annotation with a score."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float] = Field(min_length=4, max_length=4, description="x, y, width, height in px")
+    area: float
+    iscrowd: int
+    score: float
+
+
+class CocoSchema(BaseModel):
+    """The answer of /detect with format=coco."""
+
+    images: list[CocoImage]
+    categories: list[CocoCategory]
+    annotations: list[CocoAnnotation]
+
+
+class UploadSchema(BaseModel):
+    """One image of a JSON request."""
+
+    b64: str = Field(description="the image file in base64; a data: URL is understood, too")
+
+
+class HealthSchema(BaseModel):
+    """Health: `ok`, or why not."""
+
+    status: str
+
+
+_FILE = {"type": "string", "format": "binary"}
+
+DETECT_REQUEST: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"images": {"type": "array", "items": _FILE, "minItems": 1}},
+                    "required": ["images"],
+                }
+            },
+            "image/*": {"schema": _FILE},
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "images": {"type": "array", "items": UploadSchema.model_json_schema(), "minItems": 1}
+                    },
+                    "required": ["images"],
+                    "additionalProperties": False,
+                }
+            },
+        },
+    },
+    "parameters": [
+        {
+            "name": name,
+            "in": "query",
+            "description": schema.get("description", ""),
+            "schema": {key: value for key, value in schema.items() if key != "description"},
+        }
+        for name, schema in DetectOptions.model_json_schema()["properties"].items()
+    ]
+    + [
+        {
+            "name": "X-Timeout-Ms",
+            "in": "header",
+            "description": "the caller's deadline, in ms from the request's arrival",
+            "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000},
+        },
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "description": "taken over into the answer and the log",
+            "schema": {"type": "string", "maxLength": 128},
+        },
+    ],
+}
+
+_ERRORS = {
+    400: "the request cannot be understood",
+    401: "an API key is needed",
+    413: "too many bytes, pixels or images",
+    415: "not a type of body, or not a format of picture, that is served",
+    422: "none of the images can be read",
+    429: "the queue is full; Retry-After says for how long",
+    500: "the engine failed",
+    503: "draining, or the deadline cannot be met; Retry-After says for how long",
+    504: "the deadline passed",
+}
+
+DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": DetectSchema | CocoSchema,
+        "description": "detections, in descending score",
+        "content": {"image/png": {"schema": _FILE}},
+    },
+    **{status: {"model": ErrorSchema, "description": text} for status, text in _ERRORS.items()},
+}

@@ -1,0 +1,184 @@
+"""An image's way, from bytes to detections, and the resources it needs: threads to decode, the batcher, the engines."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from bundle import Canvas
+from server.admit import Admission, Ticket
+from server.batch_queue import BatchQueue
+from server.batcher import Batcher
+from server.decode import decode
+from server.draw import draw_detections, encode_png
+from server.engine import Engine
+from server.errors import ImageError, ServiceError
+from server.estimate import Estimate
+from server.metrics import Metrics
+from server.options import DetectOptions, category_ids
+from server.postprocess import Detection, postprocess
+from server.preprocess import Pixels, PreparedImage, preprocess
+from server.progress import Progress
+from server.respond import ImageAnswer, Outcome
+from server.settings import Settings
+from server.timing import StageTimes
+
+logger = logging.getLogger("ddetr.service")
+
+# A stage that takes this many times its slowest batch so far is stalled, whatever `stall_timeout_ms` says:
+# a large network on few cores is slow, not stuck.
+_STALL_FACTOR = 5
+
+
+class Service:
+    """Serves one model. Start it in the event loop that it is used from."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engines: Sequence[Engine],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.clock = clock
+        self.manifest = engines[0].manifest
+        self.engine_name = engines[0].name
+        self._estimate = Estimate(len(engines))
+        self.admission = Admission(settings.queue_limit, self._estimate, clock)
+        self.batcher = Batcher(
+            engines,
+            BatchQueue(settings.max_batch_size, settings.max_delay_ms / 1e3),
+            self._estimate,
+            metrics,
+            clock,
+        )
+        self._decoding = Progress(clock)
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._started = False
+        self._start_lock = asyncio.Lock()
+        metrics.watch_queue(lambda: self.batcher.waiting)
+        metrics.set_model(self.manifest, self.engine_name)
+
+    async def start(self) -> None:
+        """Warm every engine on every canvas; the service is ready afterwards. A second call does nothing."""
+        async with self._start_lock:
+            if self._started:
+                return
+            started_s = self.clock()
+            await self.batcher.warm(self.manifest.canvases, _blank)
+            self._started = True
+            logger.info(
+                "%s %s ready on %s: %d canvases warmed in %.1f s",
+                self.manifest.model.name,
+                self.manifest.model.version,
+                self.engine_name,
+                len(self.manifest.canvases),
+                self.clock() - started_s,
+            )
+
+    def drain(self) -> None:
+        """Let nobody in any more; what was admitted is finished."""
+        self.admission.draining = True
+        self.batcher.drain()
+
+    async def stop(self) -> None:
+        """Drain, and let everything go. Requests under way have ended, or are failed now."""
+        self.drain()
+        await self.batcher.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    def why_not_ready(self) -> str | None:
+        """Why no request should be sent here, or None."""
+        if not self._started:
+            return "starting"
+        return "draining" if self.admission.draining else None
+
+    def stalled_stage(self) -> str | None:
+        """The stage that has work and makes no progress, or None."""
+        limit_s = max(self.settings.stall_timeout_ms / 1e3, _STALL_FACTOR * self._estimate.slowest_batch_s)
+        for stage, progress in (("decode", self._decoding), ("inference", self.batcher.progress)):
+            if progress.stalled_s() > limit_s:
+                return stage
+        return None
+
+    async def detect(
+        self,
+        uploads: Sequence[bytes | ImageError],
+        options: DetectOptions,
+        deadline_s: float,
+        ticket: Ticket,
+        admit_ms: float = 0.0,
+    ) -> list[Outcome]:
+        """The outcome of every upload, in their order. To give up, cancel. Raises BadParameter for unknown classes."""
+        await self.start()  # has happened already, unless the ASGI server knows no lifespan
+        wanted_ids = category_ids(options.classes, self.manifest.categories)
+
+        async def detect_one(upload: bytes | ImageError) -> Outcome:
+            try:
+                if isinstance(upload, ImageError):
+                    raise upload
+                image = await self._prepare(upload, admit_ms)
+                inferred = await self.batcher.infer(image, deadline_s, ticket.dispatched)
+            except ServiceError as error:
+                ticket.dispatched()
+                return error
+            started_s = self.clock()
+            detections = postprocess(
+                inferred.raw,
+                image.width,
+                image.height,
+                self.manifest.categories,
+                threshold=options.threshold,
+                max_detections=options.max_detections,
+                wanted_ids=wanted_ids,
+            )
+            times = replace(
+                image.times,
+                queue=inferred.queue_ms,
+                inference=inferred.inference_ms,
+                postprocess=(self.clock() - started_s) * 1e3,
+            )
+            return ImageAnswer(image.width, image.height, detections, times)
+
+        if len(uploads) == 1:
+            return [await detect_one(uploads[0])]
+        return await asyncio.gather(*map(detect_one, uploads))
+
+    async def draw(self, upload: bytes, detections: Sequence[Detection]) -> bytes:
+        """The upload as a PNG with its detections drawn on it."""
+
+        def draw() -> bytes:
+            # Decoded a second time: to keep every picture until its answer is there would cost far more.
+            return encode_png(draw_detections(decode(upload, self.settings.max_image_pixels), detections))
+
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, draw)
+
+    async def _prepare(self, upload: bytes, admit_ms: float) -> PreparedImage:
+        submitted_s = self.clock()
+
+        def decode_and_preprocess() -> PreparedImage:
+            picture = decode(upload, self.settings.max_image_pixels)
+            decoded_s = self.clock()
+            pixels, canvas = preprocess(picture, self.manifest)
+            times = StageTimes(
+                admit=admit_ms,
+                decode=(decoded_s - submitted_s) * 1e3,
+                preprocess=(self.clock() - decoded_s) * 1e3,
+            )
+            return PreparedImage(pixels, canvas, picture.width, picture.height, times)
+
+        self._decoding.begin()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, decode_and_preprocess)
+        finally:
+            self._decoding.end()
+
+
+def _blank(canvas: Canvas) -> Pixels:
+    return np.zeros((canvas.height, canvas.width, 3), np.uint8)

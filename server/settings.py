@@ -1,0 +1,65 @@
+"""Settings: environment variables DDETR_*, and flags of the same names of `ddetr serve`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from bundle import embedded_bundle
+from server.cores import available_cores
+
+# Above this Pillow warns of decompression bombs, and above twice this refuses them; both stay in force.
+_PILLOW_LIMIT_PIXELS = 89_478_485
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, with its default. The defaults serve the embedded model on this machine's CPU."""
+
+    model_config = SettingsConfigDict(env_prefix="DDETR_", extra="forbid", frozen=True)
+
+    bundle: Path = Field(default_factory=embedded_bundle, description="folder of the bundle to serve")
+    engine: Literal["auto", "onnxruntime", "tensorrt"] = Field("auto", description="what runs the network")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side")
+    engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for any free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    max_batch_size: int = Field(4, ge=1, le=1024, description="most images in a batch")
+    max_delay_ms: float = Field(5.0, ge=0, description="after this wait an image's batch goes before fuller ones")
+    queue_limit: int = Field(128, ge=1, description="most images admitted and not yet with an engine")
+    default_timeout_ms: float = Field(30_000, gt=0, description="deadline of a request without X-Timeout-Ms")
+    drain_timeout_ms: float = Field(30_000, ge=0, description="after SIGTERM, longest wait for requests under way")
+    stall_timeout_ms: float = Field(10_000, gt=0, description="least time without progress that fails /livez")
+
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="most bytes of a request's body")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, le=_PILLOW_LIMIT_PIXELS, description="most pixels of an image, by its header"
+    )
+    max_images_per_request: int = Field(32, ge=1, description="most images in one request")
+    decode_threads: int = Field(default_factory=available_cores, ge=1, le=256, description="threads that decode")
+
+    # NoDecode: a comma-separated list, not JSON.
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="comma-separated; a request needs one of them; none: open to all"
+    )
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(key for part in value.split(",") if (key := part.strip()))
+        return value
+
+    @model_validator(mode="after")
+    def _queue_holds_a_request(self) -> "Settings":
+        # By default the queue bounds the request; to ask for more than it can hold is a mistake.
+        if self.max_images_per_request > self.queue_limit and "max_images_per_request" in self.model_fields_set:
+            raise ValueError(
+                f"max_images_per_request {self.max_images_per_request} exceeds queue_limit {self.queue_limit}: "
+                "such a request could never be admitted"
+            )
+        return self
