@@ -3,13 +3,17 @@
 import base64
 import binascii
 from collections.abc import AsyncIterable
+from typing import TYPE_CHECKING
 
 import orjson
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartCallbacks, MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 
 from server.errors import BadBody, BodyTooLarge, ImageError, MediaTypeUnsupported, TooManyImages
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 PART_NAMES = ("images", "image")
 _HINT = "send multipart/form-data with parts named images, one image/* file, or application/json"
@@ -85,7 +89,7 @@ class _Parts:
         self._disposition = b""
         self._content: list[bytes] = []
 
-    def callbacks(self) -> MultipartCallbacks:
+    def callbacks(self) -> "MultipartCallbacks":
         return {
             "on_part_begin": self._begin,
             "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end]),

@@ -24,11 +24,11 @@ _KNOWN_OTHERS = (
     (re.compile(rb"GIF8"), "GIF"),
     (re.compile(rb".{4}ftyp(heic|heix|mif1|hevc)", re.DOTALL), "HEIC"),
     (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "AVIF"),
-    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
-    (re.compile(rb"\0\0\1\0"), "ICO"),
+    (re.compile(rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"), "JPEG 2000"),
+    (re.compile(rb"\x00\x00\x01\x00"), "ICO"),
     (re.compile(rb"8BPS"), "PSD"),
     (re.compile(rb"%PDF"), "PDF"),
-    (re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg", re.DOTALL), "SVG"),
+    (re.compile(rb"\s*<(?:[^\x00]*<)?svg"), "SVG"),
 )
 
 _TRANSPOSE = {

@@ -28,7 +28,7 @@ class Metrics:
         self.images = Counter("ddetr_images", "Images by what became of them.", ["outcome"], registry=self._registry)
         self.request_latency = Histogram(
             "ddetr_request_latency_seconds",
-            "Seconds from a /detect request's arrival to its answer.",
+            "Seconds from the arrival of a request to /detect to its answer with boxes.",
             buckets=_SECONDS,
             registry=self._registry,
         )

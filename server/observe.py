@@ -55,7 +55,7 @@ class Observe:
         finally:
             route = _route(scope)
             self._metrics.requests.labels(route, str(status or _CLIENT_GONE)).inc()
-            if route == _MEASURED_ROUTE:
+            if route == _MEASURED_ROUTE and status == 200:  # refusals are quick, and would flatter the figure
                 self._metrics.request_latency.observe(time.monotonic() - arrived_s)
 
 
