@@ -37,11 +37,10 @@ def run(argv: Sequence[str]) -> int:
     from server.run import serve  # the engine and the web stack: not needed for --help or to refuse a flag
 
     try:
-        serve(settings)
+        return serve(settings)
     except (BundleError, StartupError) as error:
         print(f"ddetr serve: {error}", file=sys.stderr)
         return EXIT_FAILED
-    return 0
 
 
 def read_settings(argv: Sequence[str]) -> Settings:

@@ -129,4 +129,4 @@ def test_help_of_every_verb_shows_an_example(verb: str, capsys: pytest.CaptureFi
     assert left.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: ddetr {verb}" in text
-    assert re.search(rf"(?i)example.*\n.*(ddetr {verb}|python3? -m \w+\.\w+) ", text), text
+    assert re.search(rf"(?i)example.*\n?.*(ddetr {verb}|python3? -m \w+\.\w+) ", text), text

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -99,3 +101,24 @@ def test_broken_bundle_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     stand_in(monkeypatch, "export.onnx_export", main=broken)
     assert hand_over("export", "export.onnx_export", "export", ()) == 1
     assert capsys.readouterr().err == "ddetr export: manifest.json: no such file\n"
+
+
+def test_a_reader_that_leaves_is_no_traceback() -> None:
+    code = """
+import sys, types
+verb = types.ModuleType("cli.train")
+verb.run = lambda argv: print("line\\n" * 100_000) or 0
+sys.modules["cli.train"] = verb
+from cli.main import main
+sys.exit(main(["train"]))
+"""
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -n 1; exit "${PIPESTATUS[0]}"', sys.executable, code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "line\n"
+    assert done.stderr == ""
+    assert done.returncode == 1

@@ -81,7 +81,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """What `server.run.serve` was called with."""
     calls: list[Settings] = []
     module = ModuleType("server.run")
-    module.serve = calls.append  # type: ignore[attr-defined]
+    module.serve = lambda settings: calls.append(settings) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "server.run", module)
     return calls
 
@@ -95,7 +95,7 @@ def test_serve_hands_the_settings_over(served: list[Settings]) -> None:
 def test_what_cannot_be_served_is_one_line(
     kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_bundle(settings: Settings) -> None:
+    def no_bundle(settings: Settings) -> int:
         raise kind(f"{settings.bundle}: no such folder")
 
     module = ModuleType("server.run")
