@@ -29,6 +29,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
+KERNELS := $(wildcard plugins/msda/*.cpp plugins/msda/*.cu plugins/msda/*.h)
+NATIVE := plugins/msda/libmsda_cpu.so
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-all lint format train clean
@@ -37,34 +39,40 @@ READY := $(VENV)/.ready
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY) ## make .venv with all that tests, training and export need
+setup: $(READY) $(NATIVE) ## make .venv with all that tests, training and export need
 
 serve: $(SERVING) ## serve the embedded model at http://localhost:8000 (PORT=...)
 	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
 
-test: $(READY) ## run the tests (ARGS="tests/server -k batcher")
+test: $(READY) $(NATIVE) ## run the tests (ARGS="tests/server -k batcher")
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(READY) ## run the tests, the slow ones too
+test-all: $(READY) $(NATIVE) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest --slow $(ARGS)
 
 lint: $(READY) ## check style, format, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
-train: $(READY) ## retrain the embedded model: make train DATA=folder (OUTPUT=...)
+train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder (OUTPUT=...)
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=path/to/bccd" >&2; exit 2; }
 	$(BIN)/python -m training.embedded --data "$(DATA)" --output "$(OUTPUT)"
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without a C++ compiler nothing is built, a line says so, and what would use it runs slower.
+$(NATIVE): plugins/build.py $(KERNELS) | $(BIN)/python
+	-@$(BIN)/python -m plugins.build
 
 # --- the two stages ---------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,9 @@ def run_on_serving_host(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.run", "server.detect", "bundle", "samples", "cli.main"])
+@pytest.mark.parametrize(
+    "module", ["server.app", "server.run", "server.detect", "bundle", "plugins", "samples", "cli.main"]
+)
 def test_serving_modules_import_without_torch(module: str) -> None:
     done = run_on_serving_host(f"import {module}")
     assert done.returncode == 0, done.stderr
