@@ -21,8 +21,9 @@ PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 pyth
 
 # Arguments for pytest, e.g. make test ARGS="tests/server -k batcher"
 ARGS ?=
-# Where `make train` writes; the bundle that `make serve` serves is the default.
-OUTPUT ?= models/blood-cells
+# Where `make train` keeps its checkpoints and log, and the bundle it writes at the end: the one that `make serve` serves.
+OUTPUT ?= runs/blood-cells
+BUNDLE ?= models/blood-cells
 
 BIN := $(VENV)/bin
 # Compiling everything while installing takes longer than compiling, on first import, what is used.
@@ -62,9 +63,10 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(KERNELS)
 
-train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder (OUTPUT=...)
+train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder (OUTPUT=..., BUNDLE=...)
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=path/to/bccd" >&2; exit 2; }
 	$(BIN)/python -m training.embedded --data "$(DATA)" --output "$(OUTPUT)"
+	$(BIN)/python -m export.onnx_export --checkpoint "$(OUTPUT)/best.safetensors" --output "$(BUNDLE)"
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
