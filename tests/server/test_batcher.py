@@ -1,0 +1,347 @@
+"""The batcher's rules, with an engine that waits at a gate and a clock that is moved by hand. Nothing sleeps."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+
+from bundle import Canvas
+from server.batch_queue import BatchQueue, Inferred
+from server.batcher import Batcher
+from server.errors import DeadlinePassed, Draining, EngineFailed
+from server.estimate import Estimate
+from server.metrics import Metrics
+from server.preprocess import PreparedImage
+from server.timing import StageTimes
+from tests.server.fake_engine import MANIFEST, POISON, FakeEngine
+
+WIDE, TALL = Canvas(height=64, width=96), Canvas(height=96, width=64)
+NEVER_S = 1e9
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Bench:
+    """A batcher, what it stands on, and images to feed it with."""
+
+    def __init__(self, engines: int = 1, max_batch_size: int = 4) -> None:
+        self.engines = [FakeEngine() for _ in range(engines)]
+        self.clock = Clock()
+        self.metrics = Metrics()
+        self.estimate = Estimate(engines)
+        self.batcher = Batcher(self.engines, BatchQueue(max_batch_size, 0.005), self.estimate, self.metrics, self.clock)
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[0]
+
+    def image(self, column: int = 8, canvas: Canvas = WIDE) -> PreparedImage:
+        """Bright from `column` on, so that an answer tells whose it is."""
+        pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
+        pixels[:, column:] = 255
+        return PreparedImage(pixels, canvas, canvas.width, canvas.height, StageTimes())
+
+    def poison(self) -> PreparedImage:
+        image = self.image()
+        image.pixels[0, 0] = POISON
+        return image
+
+    def submit(self, image: PreparedImage, deadline_s: float = NEVER_S) -> "asyncio.Task[Inferred]":
+        return asyncio.create_task(self.batcher.infer(image, deadline_s))
+
+    async def entered(self) -> None:
+        """Wait until the first engine has begun a batch."""
+        await asyncio.to_thread(self.engine.entered.acquire)
+
+    async def hold(self) -> "asyncio.Task[Inferred]":
+        """Close the gate and put one image behind it: the engine is busy from here on."""
+        self.engine.gate.clear()
+        task = self.submit(self.image())
+        await self.entered()
+        return task
+
+
+def run(test: Callable[[Bench], Awaitable[None]], **options: int) -> None:
+    async def body() -> None:
+        bench = Bench(**options)
+        try:
+            await asyncio.wait_for(test(bench), timeout=20)
+        finally:
+            for engine in bench.engines:
+                engine.gate.set()
+            await bench.batcher.close()
+
+    asyncio.run(body())
+
+
+async def settle() -> None:
+    """Let every task that can run do so."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def left_edge_px(answer: Inferred) -> float:
+    return float(answer.raw.boxes[0, 0]) * WIDE.width
+
+
+def test_one_image_goes_at_once() -> None:
+    async def test(bench: Bench) -> None:
+        answer = await bench.submit(bench.image(16))
+        assert left_edge_px(answer) == pytest.approx(16)
+        assert bench.engine.batches == [(1, WIDE)]
+
+    run(test)
+
+
+def test_batches_grow_while_the_engine_works() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image(column)) for column in (8, 16, 24, 32, 40)]
+        await settle()
+        assert bench.batcher.waiting == 5
+        bench.engine.gate.set()
+        answers = await asyncio.gather(first, *others)
+        assert [left_edge_px(answer) for answer in answers[1:]] == pytest.approx([8, 16, 24, 32, 40])
+        assert bench.engine.batches == [(1, WIDE), (4, WIDE), (1, WIDE)]
+
+    run(test)
+
+
+def test_canvases_do_not_mix() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image(8, canvas)) for canvas in (WIDE, TALL, WIDE, TALL)]
+        await settle()
+        bench.engine.gate.set()
+        await asyncio.gather(first, *others)
+        assert sorted(bench.engine.batches[1:], key=str) == sorted([(2, WIDE), (2, TALL)], key=str)
+
+    run(test)
+
+
+def test_every_idle_engine_gets_work() -> None:
+    async def test(bench: Bench) -> None:
+        for engine in bench.engines:
+            engine.gate.clear()
+        tasks = [bench.submit(bench.image()) for _ in range(2)]
+        await asyncio.gather(*(asyncio.to_thread(engine.entered.acquire) for engine in bench.engines))
+        for engine in bench.engines:
+            engine.gate.set()
+        await asyncio.gather(*tasks)
+        assert [len(engine.batches) for engine in bench.engines] == [1, 1]
+
+    run(test, engines=2)
+
+
+def test_reasons_sizes_and_padding_are_counted() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image()) for _ in range(5)]
+        await settle()
+        bench.clock.now_s += 1.0
+        bench.engine.gate.set()
+        await asyncio.gather(first, *others)
+        text = bench.metrics.exposition().decode()
+        assert 'ddetr_batches_total{reason="idle"} 1.0' in text
+        assert 'ddetr_batches_total{reason="full"} 1.0' in text
+        assert 'ddetr_batches_total{reason="delay"} 1.0' in text
+        assert "ddetr_batch_size_sum 6.0" in text
+        assert 'ddetr_padding_ratio_bucket{le="0.0"} 3.0' in text
+
+    run(test)
+
+
+def test_times_come_from_the_clock() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        second = bench.submit(bench.image())
+        await settle()
+        bench.clock.now_s += 2.0
+        bench.engine.gate.set()
+        assert (await first).inference_ms == pytest.approx(2000)
+        assert (await first).queue_ms == 0
+        assert (await second).queue_ms == pytest.approx(2000)
+
+    run(test)
+
+
+def test_an_image_whose_client_has_gone_is_not_inferred() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        gone, stays = bench.submit(bench.image()), bench.submit(bench.image())
+        await settle()
+        gone.cancel()
+        await settle()
+        assert bench.batcher.waiting == 1
+        bench.engine.gate.set()
+        await asyncio.gather(first, stays)
+        assert bench.engine.batches == [(1, WIDE), (1, WIDE)]
+
+    run(test)
+
+
+def test_a_storm_of_cancellations_leaves_nothing_behind() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        storm = [bench.submit(bench.image()) for _ in range(500)]
+        await settle()
+        for task in storm:
+            task.cancel()
+        await asyncio.gather(*storm, return_exceptions=True)
+        assert bench.batcher.waiting == 0
+        bench.engine.gate.set()
+        await first
+        assert left_edge_px(await bench.submit(bench.image(24))) == pytest.approx(24)
+        assert bench.batcher.progress.pending == 0
+        assert len(bench.engine.batches) == 2
+
+    run(test)
+
+
+def test_an_image_past_its_deadline_is_not_inferred() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        late = bench.submit(bench.image(), deadline_s=bench.clock.now_s + 1)
+        on_time = bench.submit(bench.image(), deadline_s=bench.clock.now_s + 3)
+        await settle()
+        bench.clock.now_s += 2
+        bench.engine.gate.set()
+        with pytest.raises(DeadlinePassed):
+            await late
+        await asyncio.gather(first, on_time)
+        assert bench.engine.batches == [(1, WIDE), (1, WIDE)]
+
+    run(test)
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_poison_costs_only_its_own_request(position: int) -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        images = [bench.image(8 * (index + 1)) for index in range(4)]
+        images[position] = bench.poison()
+        tasks = [bench.submit(image) for image in images]
+        await settle()
+        bench.engine.gate.set()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await first
+        for index, answer in enumerate(answers):
+            if index == position:
+                assert isinstance(answer, EngineFailed)
+                assert "RuntimeError" in answer.message
+            else:
+                assert isinstance(answer, Inferred)
+                assert left_edge_px(answer) == pytest.approx(8 * (index + 1))
+
+    run(test)
+
+
+@pytest.mark.parametrize("trouble", ["raise", "nan", "shape", "exit"])
+def test_whatever_an_engine_does_everyone_is_answered_and_the_next_is_served(trouble: str) -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        tasks = [bench.submit(bench.image()) for _ in range(3)]
+        await settle()
+        bench.engine.trouble = trouble
+        bench.engine.gate.set()
+        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert all(isinstance(answer, EngineFailed) for answer in answers), answers
+        bench.engine.trouble = None
+        assert left_edge_px(await bench.submit(bench.image(40))) == pytest.approx(40)
+
+    run(test)
+
+
+def test_dispatch_is_told_when_it_happens() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        told: list[int] = []
+        second = asyncio.create_task(bench.batcher.infer(bench.image(), NEVER_S, lambda: told.append(1)))
+        await settle()
+        assert not told
+        bench.engine.gate.set()
+        await asyncio.gather(first, second)
+        assert told == [1]
+
+    run(test)
+
+
+def test_draining_finishes_what_there_is() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image()) for _ in range(2)]
+        await settle()
+        bench.batcher.drain()
+        late = bench.submit(bench.image())  # its request was admitted before the drain
+        await settle()
+        bench.engine.gate.set()
+        assert len(await asyncio.gather(first, *others, late)) == 4
+        assert 'ddetr_batches_total{reason="drain"} 1.0' in bench.metrics.exposition().decode()
+
+    run(test)
+
+
+def test_closing_leaves_nobody_waiting_even_with_an_engine_that_hangs() -> None:
+    async def test(bench: Bench) -> None:
+        running = await bench.hold()
+        queued = bench.submit(bench.image())
+        await settle()
+        await bench.batcher.close()
+        assert isinstance((await asyncio.gather(running, return_exceptions=True))[0], EngineFailed)
+        with pytest.raises(Draining):
+            await queued
+        with pytest.raises(Draining):
+            await bench.submit(bench.image())
+
+    run(test)
+
+
+def test_closing_lets_the_engines_go() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.submit(bench.image())
+        await bench.batcher.close()
+        while not bench.engine.closed:  # the engine's own thread closes it
+            await asyncio.sleep(0)
+
+    run(test)
+
+
+def test_warming_runs_every_engine_on_every_canvas() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.batcher.warm(MANIFEST.canvases, lambda canvas: np.zeros((canvas.height, canvas.width, 3), np.uint8))
+        for engine in bench.engines:
+            assert {canvas for _, canvas in engine.batches} == set(MANIFEST.canvases)
+
+    run(test, engines=2)
+
+
+def test_warming_fails_with_the_engine() -> None:
+    async def test(bench: Bench) -> None:
+        bench.engine.trouble = "raise"
+        with pytest.raises(RuntimeError, match="told to"):
+            await bench.batcher.warm(
+                MANIFEST.canvases, lambda canvas: np.zeros((canvas.height, canvas.width, 3), np.uint8)
+            )
+
+    run(test)
+
+
+def test_no_progress_with_work_waiting_is_seen() -> None:
+    async def test(bench: Bench) -> None:
+        bench.clock.now_s += 50
+        assert bench.batcher.progress.stalled_s() == 0
+        first = await bench.hold()
+        bench.clock.now_s += 7
+        assert bench.batcher.progress.stalled_s() == pytest.approx(7)
+        bench.engine.gate.set()
+        await first
+        assert bench.batcher.progress.stalled_s() == 0
+
+    run(test)
