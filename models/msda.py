@@ -118,8 +118,11 @@ def ms_deform_attn(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """The op as the network calls it: one opaque node in an exported graph, else the native kernel, else PyTorch."""
-    if torch.compiler.is_exporting():
+    """The op as the network calls it: the native kernel where it serves, else PyTorch.
+
+    One opaque node in an exported graph, and on the meta device, where there are shapes and no values.
+    """
+    if torch.compiler.is_exporting() or value.device.type == "meta":
         output: Tensor = torch.ops.msda.ms_deform_attn(
             value, spatial_shapes, reference_points, sampling_offsets, attention_logits
         )
