@@ -8,6 +8,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.engine import Engine
 from server.errors import StartupError
 from server.service import Service
 from server.settings import Settings
@@ -17,13 +18,16 @@ logger = logging.getLogger("ddetr.run")
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT and finish what was admitted. Returns the exit status: 0, or 1 for no start."""
+def serve(settings: Settings, engine: Engine | None = None) -> int:
+    """Serve the settings' bundle (or `engine`) until SIGTERM or SIGINT, and finish what was admitted.
+
+    Returns the exit status: 0, or 1 if it cannot start.
+    """
     logging.basicConfig(level=settings.log_level.upper(), format=_FORMAT)
     try:
-        app = create_app(settings)
+        app = create_app(settings, engine)
     except StartupError as error:
-        logger.error("cannot start: %s", error)  # noqa: TRY400  # for the user: the message tells all
+        logger.error("cannot start: %s", error)
         return 1
     config = uvicorn.Config(
         app,
@@ -34,8 +38,8 @@ def serve(settings: Settings) -> int:
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=settings.log_level
-        == "debug",  # requests are counted in metrics; a line each costs more than it tells
+        # Requests are counted in metrics; a line for each costs more than it tells.
+        access_log=settings.log_level == "debug",
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_ms / 1e3),
     )

@@ -1,0 +1,135 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from bundle import Bundle, Canvas, write_bundle
+from server.engine import RawDetections, open_engines, run_engine
+from server.errors import StartupError
+from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.preprocess import Pixels
+from server.settings import Settings
+from tests.server.fake_engine import MANIFEST, FakeEngine, box_of_bright
+from tests.server.tiny_bundle import LABEL, SCORE
+
+WIDE = Canvas(height=64, width=96)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_bundle: Bundle) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(tiny_bundle, Settings(bundle=tiny_bundle.path, device="cpu"))
+
+
+def image(seed: int, height: int, width: int) -> Pixels:
+    """Black but for one bright rectangle."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3), np.uint8)
+    y0, x0 = int(rng.integers(0, height - 2)), int(rng.integers(0, width - 2))
+    pixels[y0 : int(rng.integers(y0 + 1, height)), x0 : int(rng.integers(x0 + 1, width))] = 255
+    return pixels
+
+
+def test_the_graph_gives_the_box_of_what_is_bright(engine: OnnxRuntimeEngine) -> None:
+    pixels = image(0, 64, 80)
+    raw = run_engine(engine, [pixels], WIDE)
+    assert raw.boxes.shape == (1, 1, 4)
+    assert raw.boxes[0, 0] * [80, 64, 80, 64] == pytest.approx(box_of_bright(pixels[..., 0]), abs=1e-4)
+    assert raw.scores.tolist() == [[SCORE]]
+    assert raw.labels.tolist() == [[LABEL]]
+
+
+def test_neighbours_do_not_change_an_answer(engine: OnnxRuntimeEngine) -> None:
+    images = [image(seed, 64 - seed, 96 - 3 * seed) for seed in range(6)]
+    together = run_engine(engine, images, WIDE)
+    for slot, pixels in enumerate(images):
+        alone = run_engine(engine, [pixels], WIDE)
+        assert np.array_equal(alone.boxes[0], together.boxes[slot])
+        assert np.array_equal(alone.scores[0], together.scores[slot])
+
+
+def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
+    assert "onnxruntime" in engine.name
+    assert "cpu" in engine.name
+    assert ("kernel" in engine.name) != ("function" in engine.name)
+    assert engine.manifest == MANIFEST.model_copy(update={"hashes": engine.manifest.hashes})
+
+
+def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
+    engines = open_engines(Settings(bundle=tiny_bundle.path, engine_instances=2), tiny_bundle)
+    assert len({id(each) for each in engines}) == 2
+    for each in engines:
+        assert len(run_engine(each, [image(1, 64, 64)], WIDE).boxes) == 1
+        each.close()
+
+
+def test_what_cannot_be_opened_says_why(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match="tensorrt"):
+        open_engines(Settings(bundle=tiny_bundle.path, engine="tensorrt"), tiny_bundle)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(StartupError, match="'cuda:3': this ONNX Runtime has no CUDA, only CPU"):
+        open_engines(Settings(bundle=tiny_bundle.path, device="cuda:3"), tiny_bundle)
+    broken = write_bundle(tmp_path / "broken", MANIFEST, {"model.onnx": b"not a graph"})
+    with pytest.raises(StartupError, match=r"cannot load .*model\.onnx"):
+        open_engines(Settings(bundle=broken.path), broken)
+
+
+def test_a_graph_with_other_inputs_is_refused(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["pixels"], ["boxes"])],
+        "other",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N"])],
+        [helper.make_tensor_value_info("boxes", TensorProto.FLOAT, ["N"])],
+    )
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    bundle = write_bundle(tmp_path / "other", MANIFEST, {"model.onnx": model.SerializeToString()})
+    with pytest.raises(StartupError, match=r"inputs \['pixels'\] and outputs \['boxes'\]; a served graph has"):
+        open_engines(Settings(bundle=bundle.path), bundle)
+
+
+def test_a_library_that_cannot_be_loaded_is_named(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libother.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr("plugins.onnxruntime_library", lambda: library)
+    with pytest.raises(StartupError, match=r"refuses .*libother\.so"):
+        open_engines(Settings(bundle=tiny_bundle.path), tiny_bundle)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "labels", "message"),
+    [
+        ((2, 3, 4), (2, 3), (2, 3), None),
+        ((1, 3, 4), (2, 3), (2, 3), r"boxes have shape \[1, 3, 4\], expected \[2, 3, 4\]"),
+        ((2, 3, 5), (2, 3), (2, 3), "boxes have shape"),
+        ((2, 3, 4), (1, 3), (2, 3), "scores have shape"),
+        ((2, 3, 4), (2,), (2, 3), "have shape"),
+        ((2, 3, 4), (2, 3), (2, 4), "labels have shape"),
+    ],
+)
+def test_answers_of_the_wrong_shape_are_errors(
+    boxes: tuple[int, ...], scores: tuple[int, ...], labels: tuple[int, ...], message: str | None
+) -> None:
+    class Shaped(FakeEngine):
+        def infer(self, inputs: object) -> RawDetections:
+            return RawDetections(np.zeros(boxes, np.float32), np.zeros(scores, np.float32), np.zeros(labels, np.int64))
+
+    images = [image(1, 64, 96), image(2, 64, 96)]
+    if message is None:
+        run_engine(Shaped(), images, WIDE)
+        return
+    with pytest.raises(ValueError, match=message):
+        run_engine(Shaped(), images, WIDE)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_answers_that_are_not_finite_are_errors(value: float) -> None:
+    class Infinite(FakeEngine):
+        def finish(self, outputs: RawDetections) -> RawDetections:
+            outputs.boxes[-1, -1, -1] = value
+            return outputs
+
+    with pytest.raises(ValueError, match="not finite"):
+        run_engine(Infinite(), [image(1, 64, 96)], WIDE)
