@@ -3,10 +3,14 @@
 Axes: N batch, S = sum of h_l*w_l, M heads, D channels of a head, Lq queries, L levels, P points of a level.
 """
 
+from collections.abc import Callable
+
 import onnx
 import torch
 from onnx import defs, parser
 from onnxscript import ir, values
+
+import models.msda  # noqa: F401 - registers the op with PyTorch
 
 DOMAIN = "msda"
 NAME = "MSDeformAttn"
@@ -209,5 +213,6 @@ def _translate(
     return node
 
 
-TRANSLATION = {torch.ops.msda.ms_deform_attn.default: _translate}
-"""For torch.onnx.export's custom_translation_table, once `register_schema` has run."""
+def translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """For torch.onnx.export's custom_translation_table, once `register_schema` has run."""
+    return {torch.ops.msda.ms_deform_attn.default: _translate}

@@ -64,7 +64,7 @@ def _exported(served: ServedGraph) -> ir.Model:
                 input_names=INPUTS,
                 output_names=(*OUTPUTS, *RAW_OUTPUTS),
                 dynamic_shapes=({0: dynamic, 1: dynamic, 2: dynamic}, {0: dynamic}),
-                custom_translation_table=op.TRANSLATION,
+                custom_translation_table=op.translations(),
                 verbose=False,
             )
     finally:
