@@ -101,10 +101,10 @@ def _read(file: Path) -> tuple[dict[str, Tensor], DeformableDetrConfig | dict[st
         return _read_shards(file), {}
     with file.open("rb") as opened:
         start = opened.read(16)
+    if start[8:9] == b"{":  # first, for a header's length may look like a pickle's beginning
+        return _read_safetensors(file)
     if is_pickled(start):
         return _unpacked(read_pickled(file))
-    if len(start) >= 9 and start[8:9] == b"{":
-        return _read_safetensors(file)
     raise CheckpointError("not a checkpoint: neither a file of torch.save nor a safetensors file")
 
 

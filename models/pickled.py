@@ -32,7 +32,7 @@ _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module)"
 
 def is_pickled(start: bytes) -> bool:
     """Whether a file that starts so is one of torch.save: a zip archive, or a bare pickle as before torch 1.6."""
-    return start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
+    return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
 
 
 def read_pickled(path: Path) -> Any:
@@ -48,9 +48,7 @@ def read_pickled(path: Path) -> Any:
                 "Save the weights alone: torch.save({'model': state_dict}, ...)"
             ) from error
         raise CheckpointError(f"its pickle cannot be read ({_reason(error)})") from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can end the reader in any way
+    except Exception as error:  # a damaged file can end the reader in any way, OSError among them
         raise CheckpointError(f"damaged or cut short ({_reason(error)})") from error
 
 

@@ -93,7 +93,7 @@ def _shaped(weights: Weights, heads: int) -> dict[str, Any]:
             raise CheckpointError(f"{name!r} has {rows} rows, no multiple of {heads} heads x {levels} levels")
         return rows // (heads * levels)
 
-    bottleneck = "backbone.layer1.0.conv3.weight" in tensors
+    bottleneck = any(re.match(r"backbone\.layer\d\.\d+\.(conv|bn)3\.", key) for key in tensors)
     depths = tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in range(1, 5))
     told: dict[str, Any] = {
         "backbone_block": "bottleneck" if bottleneck else "basic",
