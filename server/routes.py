@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import orjson
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.types import Receive
 
 from server.admit import Ticket, check_api_key, check_length, timeout_ms
@@ -17,7 +17,7 @@ from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE
 from server.options import DetectOptions, parse_options
 from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, json_body
-from server.schema import DETECT_REQUEST, DETECT_RESPONSES, ErrorSchema, HealthSchema
+from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
 from server.service import Service
 from server.timing import StageTimes, server_timing, slowest
 
@@ -28,13 +28,9 @@ def build_router(service: Service) -> APIRouter:
     """The routes of `service`."""
     settings = service.settings
 
-    def require_key(request: Request) -> None:
-        check_api_key(request.headers, settings.api_keys)
-
     router = APIRouter()
-    guarded = APIRouter(dependencies=[Depends(require_key)])
 
-    @guarded.post(
+    @router.post(
         "/detect",
         summary="Find objects in images",
         response_class=Response,
@@ -43,6 +39,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
+        check_api_key(request.headers, settings.api_keys)
         arrived_s: float = request.state.arrived_s
         options = parse_options(request.query_params.multi_items())
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
@@ -60,12 +57,14 @@ def build_router(service: Service) -> APIRouter:
                 service.metrics.images.labels(ClientGone.code).inc(ticket.images)
                 raise
 
-    @guarded.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def metrics() -> Response:
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        check_api_key(request.headers, settings.api_keys)
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    @guarded.get("/model", summary="The model in service", response_class=Response)
-    async def model() -> Response:
+    @router.get("/model", summary="The model in service", response_class=Response)
+    async def model(request: Request) -> Response:
+        check_api_key(request.headers, settings.api_keys)
         content = service.manifest.model_dump(mode="json") | {"engine": service.engine_name}
         return _json(content)
 
@@ -89,7 +88,6 @@ def build_router(service: Service) -> APIRouter:
         reason = service.why_not_ready()
         return _json({"status": "ok"}) if reason is None else _json({"status": reason}, 503)
 
-    router.include_router(guarded, responses={401: {"model": ErrorSchema}} if settings.api_keys else {})
     return router
 
 

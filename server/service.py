@@ -13,7 +13,7 @@ from bundle import Canvas
 from server.admit import Admission, Ticket
 from server.batch_queue import BatchQueue
 from server.batcher import Batcher
-from server.decode import decode
+from server.decode import decode, keep_buffers
 from server.draw import draw_detections, encode_png
 from server.engine import Engine
 from server.errors import ImageError, ServiceError
@@ -59,6 +59,7 @@ class Service:
             clock,
         )
         self._decoding = Progress(clock)
+        keep_buffers(settings.decode_threads)
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._started = False
         self._start_lock = asyncio.Lock()
