@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.types import Receive
 
 from server.admit import Ticket, check_api_key, check_length, timeout_ms
-from server.body import check_media_type, read_body, split_images
+from server.body import check_media_type, read_body
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE
 from server.options import DetectOptions, parse_options
@@ -94,9 +94,8 @@ def build_router(service: Service) -> APIRouter:
 async def _detect(
     service: Service, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
 ) -> Response:
-    settings = service.settings
-    body = await read_body(request.stream(), settings.max_body_bytes)
-    uploads = split_images(body, request.headers, settings.max_images_per_request)
+    body = await read_body(request.stream(), service.settings.max_body_bytes)
+    uploads = await service.split(body, request.headers)
     del body
     if options.format == "image" and len(uploads) != 1:
         raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")

@@ -213,6 +213,12 @@ def test_pixel_limit_is_checked_on_the_header() -> None:
     decode(encode(Image.new("L", (1000, 1000)), "PNG"), LIMIT)
 
 
+@pytest.mark.parametrize("size", [(1, 65_536), (65_536, 1)])
+def test_sides_have_a_limit_too(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageTooLarge, match="a side exceeds 65535 px"):
+        decode(png_claiming(*size), LIMIT)
+
+
 def test_bombs_are_refused_by_their_size() -> None:
     with pytest.raises(ImageTooLarge, match="361000000 pixels exceeds 1000000 pixels"):
         decode(png_claiming(19000, 19000), LIMIT)

@@ -211,6 +211,19 @@ def test_too_much_is_413(settings: Settings, engine: FakeEngine) -> None:
         assert boxes(post(client)) == [list(BOX)]
 
 
+def test_large_bodies_of_every_type_are_taken_apart(client: TestClient) -> None:
+    noise = np.random.default_rng(0).integers(0, 100, (800, 1200, 3), np.uint8)
+    noise[100:400, 150:750] = 255
+    data = encode(Image.fromarray(noise), "BMP")
+    assert len(data) > 1 << 20
+    found = [
+        boxes(client.post("/detect", files=[("images", ("a", data))])),
+        boxes(client.post("/detect", json={"images": [{"b64": base64.b64encode(data).decode()}]})),
+    ]
+    for each in found:
+        assert each[0] == pytest.approx([150, 100, 750, 400], abs=13)  # 1 px of the canvas
+
+
 @pytest.mark.parametrize("given", ["0", "-3", "soon", "nan"])
 def test_bad_timeouts_are_400(client: TestClient, given: str) -> None:
     assert error(post(client, **{"X-Timeout-Ms": given}))[:2] == (400, "bad_parameter")
