@@ -15,7 +15,7 @@ from server.admit import Ticket, check_api_key, check_length, timeout_ms
 from server.body import check_media_type, read_body
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE
-from server.options import DetectOptions, parse_options
+from server.options import DetectOptions, category_ids, parse_options
 from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, json_body
 from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
 from server.service import Service
@@ -42,6 +42,7 @@ def build_router(service: Service) -> APIRouter:
         check_api_key(request.headers, settings.api_keys)
         arrived_s: float = request.state.arrived_s
         options = parse_options(request.query_params.multi_items())
+        category_ids(options.classes, service.manifest.categories)  # unknown ones are refused before the body is read
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
         check_media_type(request.headers)
         check_length(request.headers, settings.max_body_bytes)

@@ -49,6 +49,50 @@ def grey16(file_format: str) -> bytes:
     return encode(Image.fromarray(values), file_format)
 
 
+def png_of(header: bytes, rows: bytes) -> bytes:
+    """A PNG from the content of its IHDR and its filtered rows: for what Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A PNG whose header says any size; its few bytes of pixels do not matter."""
+    return png_of(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), bytes(1000))
+
+
+def png16(color_type: int, channels: int) -> bytes:
+    """The white rectangle on black with 16 bits a channel; where there is an alpha channel it is opaque."""
+    pixels = np.zeros((HEIGHT, WIDTH, channels), ">u2")
+    pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 65535
+    if color_type in {4, 6}:
+        pixels[..., -1] = 65535
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    return png_of(struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, color_type, 0, 0, 0), rows)
+
+
+def tiff16() -> bytes:
+    """An uncompressed RGB TIFF with 16 bits a channel."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), "<u2")
+    pixels[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 65535
+    tags = [
+        (256, 3, 1, WIDTH),
+        (257, 3, 1, HEIGHT),
+        (258, 3, 3, 8),  # bits a sample: three values, at offset 8
+        (259, 3, 1, 1),  # no compression
+        (262, 3, 1, 2),  # RGB
+        (273, 4, 1, 14),  # the pixels, at offset 14
+        (277, 3, 1, 3),
+        (278, 3, 1, HEIGHT),
+        (279, 4, 1, pixels.nbytes),
+    ]
+    content = struct.pack("<3H", 16, 16, 16) + pixels.tobytes()
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + directory
+
+
 def kinds() -> dict[str, bytes]:
     upright = rectangle()
     return {
@@ -62,12 +106,17 @@ def kinds() -> dict[str, bytes]:
         "png palette": palette_picture(transparent_background=False),
         "png alpha": encode(upright.convert("RGBA")),
         "png grey alpha": encode(upright.convert("LA")),
+        "png 16 bits grey": png16(0, 1),
+        "png 16 bits rgb": png16(2, 3),
+        "png 16 bits grey alpha": png16(4, 2),
+        "png 16 bits rgba": png16(6, 4),
         "webp lossless": encode(upright, "WEBP", lossless=True),
         "webp alpha": encode(upright.convert("RGBA"), "WEBP", lossless=True),
         "bmp": encode(upright, "BMP"),
         "bmp palette": encode(upright.convert("P"), "BMP"),
         "tiff": encode(upright, "TIFF"),
         "tiff lzw": encode(upright, "TIFF", compression="tiff_lzw"),
+        "tiff 16 bits rgb": tiff16(),
         "tiff cmyk": encode(upright.convert("CMYK"), "TIFF"),
         "tiff two pages": encode(upright, "TIFF", save_all=True, append_images=[Image.new("RGB", (5, 5))]),
         "mpo": encode(upright, "MPO", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))], quality=95),
@@ -193,18 +242,6 @@ def test_what_is_no_picture_is_an_error(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         decode(data, LIMIT)
     assert caught.value.status == 422
-
-
-def png_claiming(width: int, height: int) -> bytes:
-    """A PNG whose header says any size; its few bytes of pixels do not matter."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
 
 
 def test_pixel_limit_is_checked_on_the_header() -> None:
