@@ -14,7 +14,7 @@ PADDING = (124, 116, 104)  # ImageNet's mean: zero once normalised, as the paddi
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture in training: pixels uint8 [H, W, 3]; boxes float32 [n, 4] x0, y0, x1, y1 in pixels; classes int64 [n]."""
+    """A picture in training: pixels uint8 [H, W, 3]; boxes float32 [n, 4] x0, y0, x1, y1 px; classes int64 [n]."""
 
     pixels: np.ndarray
     boxes: np.ndarray
@@ -25,7 +25,10 @@ Draw = Callable[[np.random.Generator], Sample]
 
 
 def view(sample: Sample, window: tuple[float, float, float, float], height: int, width: int) -> Sample:
-    """The part of a picture inside `window` (x0, y0, x1, y1 px; may reach outside: `PADDING` there), resized to height x width."""
+    """The part of a picture inside `window` (x0, y0, x1, y1 px), resized to height x width px.
+
+    The window may reach outside the picture: `PADDING` there.
+    """
     x0, y0, x1, y1 = window
     full_h, full_w = sample.pixels.shape[:2]
     inside = (max(x0, 0.0), max(y0, 0.0), min(x1, float(full_w)), min(y1, float(full_h)))
@@ -69,8 +72,8 @@ def transpose(sample: Sample) -> Sample:
 
 def resize(sample: Sample, rule: ResizeRule) -> Sample:
     """The paper's resize: shortest side to `rule.shortest`, the longest at most `rule.longest`."""
-    height, width = resized_size(*sample.pixels.shape[:2], rule)
     full_h, full_w = sample.pixels.shape[:2]
+    height, width = resized_size(full_h, full_w, rule)
     return view(sample, (0, 0, full_w, full_h), height, width)
 
 
@@ -100,7 +103,7 @@ class PaperAugment:
         return resize(sample, ResizeRule(shortest=int(rng.choice(sides)), longest=self.rule.longest))
 
     def _crop(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A window of 64 to 100% of the 1.0 to 1.5 times shorter side, as 384..600 of a picture resized to 400, 500 or 600."""
+        """A window of 384 to 600 px of the picture resized to 400, 500 or 600 px, in its own pixels."""
         height, width = sample.pixels.shape[:2]
         shortest = float(rng.choice([400, 500, 600])) / min(height, width)
         low, high = 384 / shortest, 600 / shortest
@@ -112,7 +115,7 @@ class PaperAugment:
 
 @dataclass(frozen=True)
 class FixedAugment:
-    """For small data of one aspect: turns, flips, crops or shrinks to exactly height x width, colour jitter, mosaics."""
+    """For small data of one aspect: turns, flips, crops or shrinks to height x width px, colour jitter, mosaics."""
 
     height: int
     width: int

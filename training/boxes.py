@@ -21,7 +21,7 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of boxes (x0, y0, x1, y1) whose leading dimensions broadcast: [..., 4] x [..., 4] -> [...].
+    """IoU and generalised IoU of boxes (x0, y0, x1, y1), leading dimensions broadcast: [..., 4] x [..., 4] -> [...].
 
     Source of the second: arXiv 1902.09630. Two empty boxes have IoU 0.
     """

@@ -39,7 +39,7 @@ class CocoSplit:
 def find_split(data: Path, split: str) -> tuple[Path, Path]:
     """The annotation file and the picture folder of `split` ("train" or "val") under `data`.
 
-    Understands `instances_train.json` + `images/`, and COCO's own `annotations/instances_train2017.json` + `train2017/`.
+    Understands `instances_train.json` + `images/`, and COCO's `annotations/instances_train2017.json` + `train2017/`.
     """
     tried = []
     for annotations in (

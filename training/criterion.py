@@ -43,8 +43,11 @@ class Criterion(nn.Module):
     def forward(
         self, outputs: dict[str, Any], targets: list[Target], denoising: Denoising | None = None
     ) -> dict[str, Tensor]:
-        """`outputs` of a network in training mode -> loss_ce, loss_bbox, loss_giou, with _0.. per auxiliary layer, _enc, and
-        _dn, _dn_0.. for denoising queries; targets: of each image `labels` int64 [n], `boxes` [n, 4] cx, cy, w, h in 0..1.
+        """`outputs` of a network in training mode -> its losses, unweighted.
+
+        They are loss_ce, loss_bbox and loss_giou, with suffix _0.. for the auxiliary layers, _enc for the proposals,
+        and _dn, _dn_0.. for denoising queries. targets: of each image `labels` int64 [n] and `boxes` [n, 4] (cx, cy, w, h
+        in 0..1). Raises ValueError for a label the network does not have.
         """
         self._check(targets)
         count = _object_count(targets, outputs["pred_logits"].device)

@@ -1,4 +1,4 @@
-"""What the network sees of a split: samples as tensors, batches padded to their largest, an order that can be repeated."""
+"""A split as the network sees it: samples as tensors, padded batches, an order that can be repeated."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,16 +51,16 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        if self.extra is not None and rng.random() < self.extra_share:
-            sample = self.extra(rng)
-        else:
-            sample = self._read(index)
-        return self.augment(sample, rng, self._another)
+        return self.augment(self._drawn(rng) or self._read(index), rng, self._another)
 
     def _another(self, rng: np.random.Generator) -> Sample:
-        if self.extra is not None and rng.random() < self.extra_share:
-            return self.extra(rng)
-        return self._read(int(rng.integers(len(self))))
+        return self._drawn(rng) or self._read(int(rng.integers(len(self))))
+
+    def _drawn(self, rng: np.random.Generator) -> Sample | None:
+        """A picture from outside the split, when its turn has come."""
+        if self.extra is None or rng.random() >= self.extra_share:
+            return None
+        return self.extra(rng)
 
     def _read(self, index: int) -> Sample:
         picture = self.split.pictures[index]

@@ -27,7 +27,7 @@ class DenoisingQueries(nn.Module):
         self.label_embed = nn.Embedding(config.num_classes, config.hidden_dim)
 
     def forward(self, targets: list[Target]) -> tuple[ExtraQueries, Denoising] | None:
-        """The queries of a batch, [N, 2 * groups * most objects, ...], and what they were made from; None without objects."""
+        """The queries of a batch, [N, 2 * groups * most objects, ...], and their origin; None without objects."""
         most = max(len(t["labels"]) for t in targets)
         if most == 0:
             return None

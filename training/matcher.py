@@ -27,7 +27,9 @@ class MatchCosts:
 def match(
     pred_logits: Tensor, pred_boxes: Tensor, targets: list[Target], costs: MatchCosts
 ) -> list[tuple[Tensor, Tensor]]:
-    """Hungarian matching: pred_logits [N, Q, classes], pred_boxes [N, Q, 4] -> of each image (queries, objects), equally long.
+    """Hungarian matching of each image: pairs (queries, objects) of equal length.
+
+    pred_logits [N, Q, classes] before the sigmoid; pred_boxes [N, Q, 4] (cx, cy, w, h in 0..1).
 
     Source: arXiv 2010.04159, with the focal loss' difference of positive and negative cost as the class cost.
     """

@@ -1,6 +1,7 @@
 """How a network is trained: the paper's recipe as the defaults of one frozen dataclass."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,15 @@ class Recipe:
     lr_projections: float = 0.1  # times lr, for the projections that give reference points and sampling offsets
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
-    schedule: str = "step"  # "step": x0.1 at drop_at; "cosine": flat up to drop_at, then down to nothing
+    schedule: Literal["step", "cosine"] = (
+        "step"  # "step": x0.1 at drop_at; "cosine": flat up to drop_at, then down to nothing
+    )
     drop_at: float = 0.8  # of all epochs
     warmup_steps: int = 0
     ema_decay: float = 0.0  # 0: no averaging
     quality_targets: bool = False  # classify by the IoU (varifocal) instead of 1
     denoising_groups: int = 0
-    precision: str = "fp32"  # "bf16" or "fp16": autocast, on a GPU
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # "bf16" or "fp16": autocast, on a GPU
     evaluate_every: int = 1  # epochs
     freeze_stem: bool = True  # the backbone's first convolution and first stage stay as they were loaded
     seed: int = 0
