@@ -43,7 +43,7 @@ def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engin
     app.state.service = service
     app.include_router(build_router(service))
     app.include_router(build_page_router())
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, clock=service.clock)
 
     @app.exception_handler(ServiceError)
     async def answer_service_error(request: Request, error: ServiceError) -> Response:

@@ -2,8 +2,8 @@
 
 import logging
 import re
-import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,18 +20,19 @@ _MEASURED_ROUTE = "/detect"
 
 
 class Observe:
-    """ASGI middleware. Puts `request_id` and `arrived_s` (time.monotonic) into the request's state."""
+    """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float]) -> None:
         self._app = app
         self._metrics = metrics
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, observed."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        arrived_s = time.monotonic()
+        arrived_s = self._clock()
         request_id = _request_id(Headers(scope=scope))
         scope.setdefault("state", {}).update(request_id=request_id, arrived_s=arrived_s)
         status = 0
@@ -56,7 +57,7 @@ class Observe:
             route = _route(scope)
             self._metrics.requests.labels(route, str(status or _CLIENT_GONE)).inc()
             if route == _MEASURED_ROUTE and status == 200:  # refusals are quick, and would flatter the figure
-                self._metrics.request_latency.observe(time.monotonic() - arrived_s)
+                self._metrics.request_latency.observe(self._clock() - arrived_s)
 
 
 def _request_id(headers: Headers) -> str:
