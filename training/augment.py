@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance
 from bundle import ResizeRule, resized_size
 
 MIN_VISIBLE = 0.3  # of a box's area, below which a cropped object is forgotten
+UNLIMITED = 1 << 30  # px: a resize rule's longest side where there is none
 PADDING = (124, 116, 104)  # ImageNet's mean: zero once normalised, as the padding of a batch
 
 
@@ -24,10 +25,17 @@ class Sample:
 Draw = Callable[[np.random.Generator], Sample]
 
 
-def view(sample: Sample, window: tuple[float, float, float, float], height: int, width: int) -> Sample:
+def view(
+    sample: Sample,
+    window: tuple[float, float, float, float],
+    height: int,
+    width: int,
+    min_visible: float = MIN_VISIBLE,
+) -> Sample:
     """The part of a picture inside `window` (x0, y0, x1, y1 px), resized to height x width px.
 
-    The window may reach outside the picture: `PADDING` there.
+    The window may reach outside the picture: `PADDING` there. An object of which no more than `min_visible` (a share of
+    its box's area) is inside is left out.
     """
     x0, y0, x1, y1 = window
     full_h, full_w = sample.pixels.shape[:2]
@@ -47,7 +55,7 @@ def view(sample: Sample, window: tuple[float, float, float, float], height: int,
     scale = np.array([sx, sy, sx, sy], dtype=np.float32)
     boxes = (sample.boxes - np.array([x0, y0, x0, y0], dtype=np.float32)) * scale
     clipped = boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
-    kept = _areas(clipped) > MIN_VISIBLE * _areas(boxes)
+    kept = _areas(clipped) > min_visible * _areas(boxes)
     return Sample(pixels, clipped[kept].astype(np.float32), sample.classes[kept])
 
 
@@ -89,7 +97,11 @@ def jitter(sample: Sample, rng: np.random.Generator, strength: float) -> Sample:
 
 @dataclass(frozen=True)
 class PaperAugment:
-    """The paper's: flip, then a random shortest side, half of the time after a random crop."""
+    """The paper's: flip, then a random shortest side, half of the time after a random crop.
+
+    The official code resizes, crops and resizes again; here the same window is taken from the picture and resized once.
+    As there, a cropped object stays as long as a sliver of it is inside.
+    """
 
     rule: ResizeRule
     sides: tuple[int, ...] = ()  # shortest sides to draw from; empty: 0.6 to 1.0 of the rule's in eleven steps
@@ -97,20 +109,24 @@ class PaperAugment:
     def __call__(self, sample: Sample, rng: np.random.Generator, _another: Draw) -> Sample:
         if rng.random() < 0.5:
             sample = flip(sample)
-        if rng.random() < 0.5:
-            sample = self._crop(sample, rng)
-        sides = self.sides or tuple(round(self.rule.shortest * (0.6 + 0.04 * step)) for step in range(11))
-        return resize(sample, ResizeRule(shortest=int(rng.choice(sides)), longest=self.rule.longest))
-
-    def _crop(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """A window of 384 to 600 px of the picture resized to 400, 500 or 600 px, in its own pixels."""
         height, width = sample.pixels.shape[:2]
-        shortest = float(rng.choice([400, 500, 600])) / min(height, width)
-        low, high = 384 / shortest, 600 / shortest
-        w = int(rng.uniform(min(width, low), min(width, high)))
-        h = int(rng.uniform(min(height, low), min(height, high)))
-        x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
-        return view(sample, (x, y, x + w, y + h), h, w)
+        window = (0.0, 0.0, float(width), float(height))
+        if rng.random() < 0.5:
+            window, height, width = self._crop(height, width, rng)
+        sides = self.sides or tuple(round(self.rule.shortest * (0.6 + 0.04 * step)) for step in range(11))
+        rule = ResizeRule(shortest=int(rng.choice(sides)), longest=self.rule.longest)
+        return view(sample, window, *resized_size(height, width, rule), min_visible=0.0)
+
+    def _crop(
+        self, height: int, width: int, rng: np.random.Generator
+    ) -> tuple[tuple[float, float, float, float], int, int]:
+        """Sides of 384 to 600 px out of the picture resized to 400, 500 or 600: the window in px of the picture itself, h, w."""
+        rule = ResizeRule(shortest=int(rng.choice((400, 500, 600))), longest=UNLIMITED)
+        resized_h, resized_w = resized_size(height, width, rule)
+        w, h = (int(rng.integers(384, min(side, 600) + 1)) for side in (resized_w, resized_h))
+        x, y = rng.integers(resized_w - w + 1), rng.integers(resized_h - h + 1)
+        sx, sy = width / resized_w, height / resized_h
+        return (x * sx, y * sy, (x + w) * sx, (y + h) * sy), h, w
 
 
 @dataclass(frozen=True)
