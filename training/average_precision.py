@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ class AveragePrecision:
 def average_precision(annotations: Path, detections: list[Detection]) -> AveragePrecision:
     """Score detections (at most 100 of an image count) against a COCO annotation file."""
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        truth.dataset.setdefault("info", {})
+        truth = _truth(annotations)
         categories = truth.loadCats(sorted(truth.getCatIds()))
         if not detections:
             return AveragePrecision(0, 0, 0, 0, 0, 0, {c["name"]: (0.0, 0.0) for c in categories})
@@ -57,3 +57,16 @@ def average_precision(annotations: Path, detections: list[Detection]) -> Average
     }
     ap, ap50, ap75, small, medium, large = map(float, evaluation.stats[:6])
     return AveragePrecision(ap, ap50, ap75, small, medium, large, by_class)
+
+
+def _truth(annotations: Path) -> COCO:
+    """The file as pycocotools wants it: `area` and `iscrowd` filled in, ids from 1, for it takes a match with 0 for none."""
+    document = json.loads(annotations.read_text(encoding="utf-8"))
+    truth = COCO()
+    truth.dataset = {"info": {}} | document
+    truth.dataset["annotations"] = [
+        {"area": entry["bbox"][2] * entry["bbox"][3], "iscrowd": 0} | entry | {"id": number}
+        for number, entry in enumerate(document["annotations"], start=1)
+    ]
+    truth.createIndex()
+    return truth

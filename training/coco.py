@@ -1,13 +1,16 @@
 """COCO-format data: reading it with every fault named, and finding a split's files in a folder."""
 
 import json
-import math
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+LOG = logging.getLogger(__name__)
+FARTHEST_PX = 1e6  # no picture reaches as far, so no box does
 
 
 class DataError(ValueError):
@@ -16,7 +19,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One annotated picture: boxes float32 [n, 4] x0, y0, x1, y1 in pixels, classes int64 [n] (crowds left out)."""
+    """One annotated picture: boxes float32 [n, 4] x0, y0, x1, y1 in pixels, classes int64 [n] (crowds and boxes of no size left out)."""
 
     image_id: int
     path: Path
@@ -59,7 +62,7 @@ def read_split(data: Path, split: str) -> CocoSplit:
     """Read and check the annotations of a split; raises DataError naming the file and the id of what is wrong."""
     annotations, images = find_split(data, split)
     try:
-        document = json.loads(annotations.read_text())
+        document = json.loads(annotations.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{annotations}: not JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
@@ -88,18 +91,24 @@ def read_split(data: Path, split: str) -> CocoSplit:
         sizes[image_id] = (path, width, height)
 
     found: dict[int, list[tuple[list[float], int]]] = {image_id: [] for image_id in sizes}
+    numbers: set[int] = set()
     for annotation in document["annotations"]:
-        number = annotation.get("id") if isinstance(annotation, dict) else None
+        number = _field(annotations, "annotation", annotation, "id", int)
         where = f"{annotations}: annotation {number}"
+        if number in numbers:
+            raise DataError(f"{annotations}: annotation id {number} appears twice")
+        numbers.add(number)
         image_id = _field(annotations, "annotation", annotation, "image_id", int)
         category = _field(annotations, "annotation", annotation, "category_id", int)
         if image_id not in sizes:
             raise DataError(f"{where} belongs to image {image_id}, which is not listed")
         if category not in class_of:
             raise DataError(f"{where} has category {category}, which is not listed")
-        if annotation.get("iscrowd"):
-            continue
-        found[image_id].append((_corners(where, annotation.get("bbox"), sizes[image_id]), class_of[category]))
+        corners = _corners(where, annotation.get("bbox"), sizes[image_id])
+        if corners is None:
+            LOG.warning("%s has a box of no size %s, left out", where, annotation["bbox"])
+        elif not annotation.get("iscrowd"):
+            found[image_id].append((corners, class_of[category]))
 
     pictures = tuple(
         Picture(
@@ -122,7 +131,7 @@ def read_pixels(picture: Picture) -> np.ndarray:
     try:
         with Image.open(picture.path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{picture.path} (image {picture.image_id}): {error}") from error
     if pixels.shape[:2] != (picture.height, picture.width):
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
@@ -141,14 +150,18 @@ def _field(file: Path, kind: str, entry: Any, key: str, wanted: type) -> Any:
     return entry[key]
 
 
-def _corners(where: str, bbox: Any, size: tuple[Path, int, int]) -> list[float]:
-    """COCO's x, y, w, h as x0, y0, x1, y1 clipped to the picture."""
+def _corners(where: str, bbox: Any, size: tuple[Path, int, int]) -> list[float] | None:
+    """COCO's x, y, w, h as x0, y0, x1, y1 clipped to the picture; None where w or h is 0, as COCO itself has some."""
+    path, width, height = size
     numbers = bbox if isinstance(bbox, list) and len(bbox) == 4 else None
-    if numbers is None or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        raise DataError(f"{where} ({size[0].name}) needs bbox [x, y, width, height], has {bbox!r}")
+    if numbers is None or not all(isinstance(v, int | float) and abs(v) < FARTHEST_PX for v in numbers):
+        raise DataError(f"{where} ({path.name}) needs bbox [x, y, width, height], has {bbox!r}")
     x, y, w, h = map(float, numbers)
-    _, width, height = size
+    if w < 0 or h < 0:
+        raise DataError(f"{where} ({path.name}) has a bbox of negative size: {bbox!r} is to be [x, y, width, height]")
+    if w == 0 or h == 0:
+        return None
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
     if x1 <= x0 or y1 <= y0:
-        raise DataError(f"{where} ({size[0].name}) has an empty box {bbox!r} in a picture of {width}x{height}")
+        raise DataError(f"{where} ({path.name}) has its box {bbox!r} outside the picture of {width}x{height}")
     return [x0, y0, x1, y1]
