@@ -26,11 +26,12 @@ class DenoisingQueries(nn.Module):
         self.config, self.groups, self.label_noise, self.box_noise = config, groups, label_noise, box_noise
         self.label_embed = nn.Embedding(config.num_classes, config.hidden_dim)
 
-    def forward(self, targets: list[Target]) -> tuple[ExtraQueries, Denoising] | None:
-        """The queries of a batch, [N, 2 * groups * most objects, ...], and their origin; None without objects."""
-        most = max(len(t["labels"]) for t in targets)
-        if most == 0:
-            return None
+    def forward(self, targets: list[Target]) -> tuple[ExtraQueries, Denoising]:
+        """The queries of a batch, [N, 2 * groups * most objects, ...], and their origin.
+
+        A batch without objects has some to reject all the same: each of several processes is to have every gradient.
+        """
+        most = max(1, *(len(t["labels"]) for t in targets))
         device = self.label_embed.weight.device
         n, per_group = len(targets), 2 * most
         count = per_group * self.groups

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -64,8 +65,15 @@ def with_categories(model: DeformableDetr, data: CocoSplit) -> DeformableDetr:
 
 def load_backbone(model: DeformableDetr, path: Path) -> None:
     """ImageNet weights under torchvision's names (the classifier `fc` is left out); a wrong key is a ValueError."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a file of weights: {error}") from error
+    mine = model.backbone.state_dict()
+    if wrong := [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]:
+        shapes = f"{list(state[wrong[0]].shape)}, not {list(mine[wrong[0]].shape)}"
+        raise ValueError(f"{path}: not this backbone: {wrong[0]} is {shapes}")
     if isinstance(model.backbone.bn1, nn.BatchNorm2d):
         missing, surplus = model.backbone.load_state_dict(state, strict=False)
     else:
@@ -145,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(1, f"ddetr train: {error}\n")
     try:
         result = trainer.run()
+    except (DataError, FloatingPointError) as error:
+        parser.exit(1, f"ddetr train: {error}\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -52,9 +52,7 @@ class _Learner(nn.Module):
         self.denoising = DenoisingQueries(detector.config, groups) if groups else None
 
     def forward(self, batch: Batch) -> tuple[dict[str, Any], Denoising | None]:
-        extra, denoising = None, None
-        if self.denoising is not None and (made := self.denoising(batch.targets)) is not None:
-            extra, denoising = made
+        extra, denoising = (None, None) if self.denoising is None else self.denoising(batch.targets)
         return self.detector(batch.pixel_values, batch.pixel_mask, extra), denoising
 
 
@@ -71,6 +69,8 @@ class Trainer:
         processes: Processes,
         workers: int = 0,
     ) -> None:
+        if len(dataset) < processes.world_size:
+            raise ValueError(f"{len(dataset)} pictures cannot be shared by {processes.world_size} processes")
         self.recipe, self.output, self.processes, self.validation = recipe, output, processes, validation
         torch.manual_seed(recipe.seed)
         if recipe.freeze_stem:
@@ -125,6 +125,7 @@ class Trainer:
                 last = self.epoch == self.recipe.epochs
                 measured = None
                 if last or self.epoch % self.recipe.evaluate_every == 0:
+                    self._share_statistics()
                     measured = result = evaluate(self.detector, self.validation, self.processes.device)
                 if first:
                     self._keep(losses, measured, time.perf_counter() - started)
@@ -135,7 +136,7 @@ class Trainer:
         return result
 
     def _train_epoch(self, progress: "tqdm[Any]") -> dict[str, float]:
-        """One pass over the data; the mean of each loss."""
+        """One pass over the data; the mean of each loss over steps and processes."""
         torch.manual_seed(hash((self.recipe.seed, self.epoch, self.processes.rank)))  # dropout and noise, repeatable
         self.sampler.epoch = self.epoch
         self.stepper.train()
@@ -147,7 +148,11 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             progress.set_postfix(loss=f"{values[0]:.2f}", refresh=False)
             progress.update()
-        return {name: value / len(self.loader) for name, value in sums.items()}
+        means = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.processes.device) / len(self.loader)
+        if self.processes.world_size > 1:
+            dist.all_reduce(means)
+            means /= self.processes.world_size
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def _batches(self) -> Iterator[Batch]:
         device = self.processes.device
@@ -173,6 +178,12 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.learner.detector)
         return {"loss": loss.detach()} | {name: value.detach() for name, value in losses.items()}
+
+    def _share_statistics(self) -> None:
+        """The first process' batch-norm statistics for all, so that they evaluate one network."""
+        if self.processes.world_size > 1:
+            for buffer in self.detector.buffers():
+                dist.broadcast(buffer, 0)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.recipe.precision == "fp32":
@@ -232,6 +243,15 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_ap = state["epoch"], state["best_ap"]
+        if self.processes.rank == 0:
+            self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Forget the rows of epochs that the state does not know, whose end was interrupted."""
+        log = self.output / "log.csv"
+        if log.exists():
+            header, *rows = log.read_bytes().splitlines(keepends=True)
+            log.write_bytes(b"".join([header, *(row for row in rows if int(row.split(b",")[0]) <= self.epoch)]))
 
 
 def _plain(value: Any) -> Any:
