@@ -27,12 +27,14 @@ class _Params(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it was not built."""
+    """The compiled kernel, or None where it was not built, or not from this source."""
     if not LIBRARY.exists():
         return None
     loaded = ctypes.CDLL(str(LIBRARY))
+    if not hasattr(loaded, "msda_forward_rows_f32"):  # built from an older source: python -m plugins.build
+        return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    loaded.msda_forward_f32.argtypes = [ctypes.POINTER(_Params), count, count, pointer]
+    loaded.msda_forward_rows_f32.argtypes = [ctypes.POINTER(_Params), count, count, pointer]
     loaded.msda_backward_f32.argtypes = [ctypes.POINTER(_Params), count, count, pointer, pointer, pointer, pointer]
     return loaded
 
@@ -76,9 +78,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="msda")
 
 
-def _in_parallel(function: Callable[..., int], params: _Params, *arrays: Tensor) -> None:
-    """Share the N*M units among as many threads as torch uses; ctypes releases the interpreter lock."""
-    units = params.batch * params.heads
+def _in_parallel(function: Callable[..., int], units: int, params: _Params, *arrays: Tensor) -> None:
+    """Share the units of work among as many threads as torch uses; ctypes releases the interpreter lock."""
     threads = max(1, min(torch.get_num_threads(), units))
     pointers = [array.data_ptr() for array in arrays]
     bounds = [units * i // threads for i in range(threads + 1)]
@@ -99,7 +100,8 @@ class _Op(torch.autograd.Function):
         output = value.new_empty(value.shape[0], sampling_offsets.shape[1], value.shape[2] * value.shape[3])
         loaded = library()
         assert loaded is not None  # serves() said so
-        _in_parallel(loaded.msda_forward_f32, _params(*inputs), output)
+        params = _params(*inputs)
+        _in_parallel(loaded.msda_forward_rows_f32, params.batch * params.queries, params, output)
         return output
 
     @staticmethod
@@ -111,9 +113,8 @@ class _Op(torch.autograd.Function):
         loaded = library()
         assert loaded is not None
         params = _params(*ctx.saved_tensors)
-        _in_parallel(
-            loaded.msda_backward_f32, params, gradients[0].contiguous(), grad_value, grad_locations, grad_logits
-        )
+        arrays = (gradients[0].contiguous(), grad_value, grad_locations, grad_logits)
+        _in_parallel(loaded.msda_backward_f32, params.batch * params.heads, params, *arrays)
         if reference_points.shape[-1] == 2:
             wh = spatial_shapes.flip(-1).to(value.dtype)[None, None, None, :, None, :]
             grad_offsets = grad_locations / wh

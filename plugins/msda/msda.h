@@ -20,12 +20,17 @@ typedef struct MsdaParams {
   const float* attention_logits;      // [N, Lq, M, L*P]
 } MsdaParams;
 
-// The work is N*M independent units, one per head of an image; a call does those in [begin, end), so that the caller's
-// own threads can share it. Returns 0, or -1 when the parameters cannot be served.
+// L*P that the kernels' stack arrays hold.
+#define MSDA_MAX_LEVEL_POINTS 256
 
-int msda_forward_f32(const MsdaParams* params, int64_t begin, int64_t end,
-                     float* output);  // [N, Lq, M*D], written whole
+// The work is cut into independent units, so that the caller's own threads can share it: a call does those in
+// [begin, end). Both return 0, or -1 when the parameters cannot be served.
 
+// Units: the N*Lq rows of the output, each with all its heads.
+int msda_forward_rows_f32(const MsdaParams* params, int64_t begin, int64_t end,
+                          float* output);  // [N, Lq, M*D], its rows written whole
+
+// Units: the N*M heads, as the queries of one head add to the same values.
 int msda_backward_f32(const MsdaParams* params, int64_t begin, int64_t end,
                       const float* grad_output,  // [N, Lq, M*D]
                       float* grad_value,         // [N, S, M, D], added to: zero it first

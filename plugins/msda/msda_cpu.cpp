@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kMaxLevelPoints = 256;  // L*P that fits the stack arrays
+constexpr int64_t kMaxLevelPoints = MSDA_MAX_LEVEL_POINTS;
 
 // A sampled point: its four corners as offsets into one head's value (-1: outside the level), and its place between.
 struct Point {
@@ -59,25 +59,28 @@ MSDA_INLINE Point locate(const MsdaParams& p, const float* reference, const floa
   return point;
 }
 
-// D is the number of channels when it is known at compile time, 0 when it is not.
+// One query of one image, all its heads. D is the number of channels when it is known at compile time, 0 when it is
+// not.
 template <int64_t D>
-MSDA_INLINE void forward_unit(const MsdaParams& p, int64_t n, int64_t m, float* output) {
+MSDA_INLINE void forward_row(const MsdaParams& p, int64_t row, float* output) {
   const int64_t channels = D ? D : p.channels, pixel = p.heads * channels, lp = p.levels * p.points;
-  const float* value = p.value + n * p.pixels * pixel + m * channels;
+  const float* image = p.value + row / p.queries * p.pixels * pixel;
+  const float* references = p.reference_points + row * p.levels * p.reference_dim;
   float weights[kMaxLevelPoints];
-  for (int64_t q = 0; q < p.queries; ++q) {
-    const int64_t row = (n * p.queries + q) * p.heads + m;
-    const float* offset = p.sampling_offsets + row * lp * 2;
-    float* out = output + row * channels;
+  for (int64_t m = 0; m < p.heads; ++m) {
+    const int64_t head = row * p.heads + m;
+    const float* value = image + m * channels;
+    const float* offset = p.sampling_offsets + head * lp * 2;
+    float* out = output + head * channels;
     float sum[D ? D : 1];
     if (D) memset(sum, 0, sizeof(sum));
     else memset(out, 0, channels * sizeof(float));
     float* acc = D ? sum : out;
-    softmax(p.attention_logits + row * lp, lp, weights);
+    softmax(p.attention_logits + head * lp, lp, weights);
     int64_t start = 0, index = 0;
     for (int64_t l = 0; l < p.levels; ++l) {
       const int64_t h = p.spatial_shapes[2 * l], w = p.spatial_shapes[2 * l + 1];
-      const float* reference = p.reference_points + ((n * p.queries + q) * p.levels + l) * p.reference_dim;
+      const float* reference = references + l * p.reference_dim;
       for (int64_t k = 0; k < p.points; ++k, ++index) {
         const Point point = locate(p, reference, offset + 2 * index, h, w, start);
         const float a = weights[index], fx = point.fx, fy = point.fy;
@@ -148,14 +151,13 @@ bool servable(const MsdaParams& p) {
 
 }  // namespace
 
-extern "C" MSDA_CLONES int msda_forward_f32(const MsdaParams* params, int64_t begin, int64_t end, float* output) {
+extern "C" MSDA_CLONES int msda_forward_rows_f32(const MsdaParams* params, int64_t begin, int64_t end, float* output) {
   if (!servable(*params)) return -1;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / params->heads, m = unit % params->heads;
+  for (int64_t row = begin; row < end; ++row) {
     switch (params->channels) {
-      case 16: forward_unit<16>(*params, n, m, output); break;
-      case 32: forward_unit<32>(*params, n, m, output); break;
-      default: forward_unit<0>(*params, n, m, output);
+      case 16: forward_row<16>(*params, row, output); break;
+      case 32: forward_row<32>(*params, row, output); break;
+      default: forward_row<0>(*params, row, output);
     }
   }
   return 0;

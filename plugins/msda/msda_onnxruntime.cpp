@@ -1,0 +1,252 @@
+// ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, to the CPU in float32.
+//
+// A call checks every shape before it touches memory, allocates nothing, and shares the rows of the output among ONNX
+// Runtime's own threads. Version 1 is also what the function in the model file computes: this one only is faster.
+#include <cstdarg>
+#include <cstdio>
+
+#include "msda.h"
+#include "ort_abi.h"
+
+namespace {
+
+enum Input : size_t { kValue, kSpatialShapes, kReferencePoints, kSamplingOffsets, kAttentionLogits, kInputs };
+constexpr const char* kInputNames[kInputs] = {"value", "spatial_shapes", "reference_points", "sampling_offsets",
+                                              "attention_logits"};
+constexpr size_t kRanks[kInputs] = {4, 2, 4, 6, 4};
+constexpr const char* kShapes[kInputs] = {"[N, S, M, D]", "[L, 2]", "[N, Lq, L, 2 or 4]", "[N, Lq, M, L, P, 2]",
+                                          "[N, Lq, M, L*P]"};
+constexpr size_t kMaxRank = 6;
+
+// Samples of a piece of work, about 10 us: many pieces to share even among the few queries of a decoder.
+constexpr int64_t kSamplesPerBlock = 1024;
+
+template <typename Function>
+Function at(ort::Api* api, ort::Slot slot) {
+  return reinterpret_cast<Function>(const_cast<void*>(api[slot]));
+}
+
+// The functions of the table that a call needs.
+struct Runtime {
+  ort::CreateStatus create_status;
+  ort::KernelContextGetInput get_input;
+  ort::KernelContextGetOutput get_output;
+  ort::GetTensorMutableData get_data;
+  ort::GetTensorElementTypeAndShapeDataReference get_shape;
+  ort::KernelContextParallelFor parallel_for;
+
+  explicit Runtime(ort::Api* api)
+      : create_status(at<ort::CreateStatus>(api, ort::kSlotCreateStatus)),
+        get_input(at<ort::KernelContextGetInput>(api, ort::kSlotKernelContextGetInput)),
+        get_output(at<ort::KernelContextGetOutput>(api, ort::kSlotKernelContextGetOutput)),
+        get_data(at<ort::GetTensorMutableData>(api, ort::kSlotGetTensorMutableData)),
+        get_shape(at<ort::GetTensorElementTypeAndShapeDataReference>(
+            api, ort::kSlotGetTensorElementTypeAndShapeDataReference)),
+        parallel_for(at<ort::KernelContextParallelFor>(api, ort::kSlotKernelContextParallelFor)) {}
+};
+
+__attribute__((format(printf, 2, 3))) ort::Status* invalid(const Runtime& runtime, const char* format, ...) {
+  char message[512];
+  const int head = snprintf(message, sizeof(message), "MSDeformAttn: ");
+  va_list values;
+  va_start(values, format);
+  vsnprintf(message + head, sizeof(message) - head, format, values);
+  va_end(values);
+  return runtime.create_status(ort::kInvalidArgument, message);
+}
+
+struct Tensor {
+  const void* data;
+  const int64_t* sizes;
+  size_t rank;
+};
+
+// "[2, 3, 4]"
+struct Brackets {
+  char text[24 * kMaxRank + 32];
+
+  Brackets(const int64_t* sizes, size_t rank) {
+    size_t length = snprintf(text, sizeof(text), "[");
+    for (size_t i = 0; i < rank && i < kMaxRank; ++i)
+      length += snprintf(text + length, sizeof(text) - length, i ? ", %lld" : "%lld", static_cast<long long>(sizes[i]));
+    snprintf(text + length, sizeof(text) - length, rank > kMaxRank ? ", ...]" : "]");
+  }
+  explicit Brackets(const Tensor& tensor) : Brackets(tensor.sizes, tensor.rank) {}
+};
+
+ort::Status* read_input(const Runtime& runtime, const ort::KernelContext* context, size_t index, Tensor* tensor) {
+  const ort::Value* value = nullptr;
+  if (ort::Status* failed = runtime.get_input(context, index, &value)) return failed;
+  if (value == nullptr) return invalid(runtime, "%s is missing", kInputNames[index]);
+  int type = 0;
+  if (ort::Status* failed = runtime.get_shape(value, &type, &tensor->sizes, &tensor->rank)) return failed;
+  const int wanted = index == kSpatialShapes ? ort::kInt64 : ort::kFloat;
+  if (type != wanted) return invalid(runtime, "%s has element type %d, not %d", kInputNames[index], type, wanted);
+  if (tensor->rank != kRanks[index])
+    return invalid(runtime, "%s must be %s, got %s", kInputNames[index], kShapes[index], Brackets(*tensor).text);
+  void* data = nullptr;
+  if (ort::Status* failed = runtime.get_data(const_cast<ort::Value*>(value), &data)) return failed;
+  tensor->data = data;
+  return nullptr;
+}
+
+// The rest of what read_input leaves unchecked: that the sizes agree. `wanted` has the rank of `tensor`.
+ort::Status* check_sizes(const Runtime& runtime, size_t index, const Tensor& tensor, const int64_t* wanted) {
+  for (size_t i = 0; i < tensor.rank; ++i)
+    if (tensor.sizes[i] != wanted[i])
+      return invalid(runtime, "%s must be %s, got %s", kInputNames[index], Brackets(wanted, tensor.rank).text,
+                     Brackets(tensor).text);
+  return nullptr;
+}
+
+ort::Status* check_levels(const Runtime& runtime, const MsdaParams& p) {
+  int64_t total = 0;
+  for (int64_t l = 0; l < p.levels; ++l) {
+    const int64_t h = p.spatial_shapes[2 * l], w = p.spatial_shapes[2 * l + 1];
+    if (h < 1 || w < 1)
+      return invalid(runtime, "level %lld of spatial_shapes is %s, sides must be positive", static_cast<long long>(l),
+                     Brackets(p.spatial_shapes + 2 * l, 2).text);
+    if (h > p.pixels / w || (total += h * w) > p.pixels)  // as h * w > p.pixels, and cannot overflow
+      return invalid(runtime, "level %lld of spatial_shapes, %s, reaches beyond the %lld pixels of value",
+                     static_cast<long long>(l), Brackets(p.spatial_shapes + 2 * l, 2).text,
+                     static_cast<long long>(p.pixels));
+  }
+  if (total < p.pixels)
+    return invalid(runtime, "spatial_shapes cover %lld pixels, value has %lld", static_cast<long long>(total),
+                   static_cast<long long>(p.pixels));
+  return nullptr;
+}
+
+ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* context, MsdaParams* params) {
+  Tensor in[kInputs];
+  for (size_t i = 0; i < kInputs; ++i)
+    if (ort::Status* failed = read_input(runtime, context, i, &in[i])) return failed;
+
+  MsdaParams& p = *params;
+  p.batch = in[kValue].sizes[0];
+  p.pixels = in[kValue].sizes[1];
+  p.heads = in[kValue].sizes[2];
+  p.channels = in[kValue].sizes[3];
+  p.queries = in[kSamplingOffsets].sizes[1];
+  p.levels = in[kSpatialShapes].sizes[0];
+  p.points = in[kSamplingOffsets].sizes[4];
+  p.reference_dim = in[kReferencePoints].sizes[3] == 2 ? 2 : 4;
+  p.value = static_cast<const float*>(in[kValue].data);
+  p.spatial_shapes = static_cast<const int64_t*>(in[kSpatialShapes].data);
+  p.reference_points = static_cast<const float*>(in[kReferencePoints].data);
+  p.sampling_offsets = static_cast<const float*>(in[kSamplingOffsets].data);
+  p.attention_logits = static_cast<const float*>(in[kAttentionLogits].data);
+
+  if (p.levels < 1 || p.points < 1 || p.levels > MSDA_MAX_LEVEL_POINTS || p.points > MSDA_MAX_LEVEL_POINTS / p.levels)
+    return invalid(runtime, "L=%lld levels of P=%lld points; L*P must be 1 to %d", static_cast<long long>(p.levels),
+                   static_cast<long long>(p.points), MSDA_MAX_LEVEL_POINTS);
+  if (in[kReferencePoints].sizes[3] != p.reference_dim)
+    return invalid(runtime, "%s must be %s, got %s", kInputNames[kReferencePoints], kShapes[kReferencePoints],
+                   Brackets(in[kReferencePoints]).text);
+
+  const int64_t shapes[] = {p.levels, 2};
+  const int64_t references[] = {p.batch, p.queries, p.levels, p.reference_dim};
+  const int64_t offsets[] = {p.batch, p.queries, p.heads, p.levels, p.points, 2};
+  const int64_t logits[] = {p.batch, p.queries, p.heads, p.levels * p.points};
+  const int64_t* wanted[kInputs] = {in[kValue].sizes, shapes, references, offsets, logits};
+  for (size_t i = 0; i < kInputs; ++i)
+    if (ort::Status* failed = check_sizes(runtime, i, in[i], wanted[i])) return failed;
+  return check_levels(runtime, p);
+}
+
+struct Work {
+  MsdaParams params;
+  float* output;
+  int64_t rows, rows_per_block;
+};
+
+void do_block(void* data, size_t index) {
+  const Work& work = *static_cast<const Work*>(data);
+  const int64_t begin = static_cast<int64_t>(index) * work.rows_per_block, end = begin + work.rows_per_block;
+  // read_params has refused what the kernel would.
+  msda_forward_rows_f32(&work.params, begin, end < work.rows ? end : work.rows, work.output);
+}
+
+ort::Status* compute(void* kernel, ort::KernelContext* context) {
+  const Runtime& runtime = *static_cast<const Runtime*>(kernel);
+  Work work;
+  MsdaParams& p = work.params;
+  if (ort::Status* failed = read_params(runtime, context, &p)) return failed;
+
+  const int64_t sizes[] = {p.batch, p.queries, p.heads * p.channels};
+  ort::Value* value = nullptr;
+  if (ort::Status* failed = runtime.get_output(context, 0, sizes, 3, &value)) return failed;
+  work.rows = p.batch * p.queries;
+  if (work.rows == 0 || p.heads * p.channels == 0) return nullptr;
+  void* output = nullptr;
+  if (ort::Status* failed = runtime.get_data(value, &output)) return failed;
+  work.output = static_cast<float*>(output);
+
+  const int64_t samples_per_row = p.heads * p.levels * p.points;
+  work.rows_per_block = samples_per_row < kSamplesPerBlock ? kSamplesPerBlock / samples_per_row : 1;
+  const int64_t blocks = (work.rows + work.rows_per_block - 1) / work.rows_per_block;
+  if (blocks == 1) {
+    do_block(&work, 0);
+    return nullptr;
+  }
+  return runtime.parallel_for(context, do_block, static_cast<size_t>(blocks), 0, &work);
+}
+
+// A kernel is its runtime's functions: the same ones for every node.
+ort::Status* create_kernel(const ort::CustomOp*, ort::Api* api, const ort::KernelInfo*, void** kernel) {
+  static const Runtime runtime(api);
+  *kernel = const_cast<Runtime*>(&runtime);
+  return nullptr;
+}
+
+ort::CustomOp cpu_op() {
+  ort::CustomOp op{};
+  op.version = ort::kCustomOpVersion;
+  op.name = [](const ort::CustomOp*) { return "MSDeformAttn"; };
+  op.execution_provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
+  op.input_count = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.input_type = [](const ort::CustomOp*, size_t index) {
+    return index == kSpatialShapes ? ort::kInt64 : ort::kFloat;
+  };
+  op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.input_memory = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
+  op.start_version = [](const ort::CustomOp*) { return 1; };
+  op.end_version = [](const ort::CustomOp*) { return 1; };
+  op.create_kernel_v2 = create_kernel;
+  op.compute_v2 = compute;
+  op.destroy_kernel = [](void*) {};
+  return op;
+}
+
+// One domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
+// sessions may end after our own statics do, so that it is never released.
+ort::CustomOpDomain* shared_domain(ort::Api* api) {
+  static const ort::CustomOp op = cpu_op();
+  static ort::CustomOpDomain* const shared = [api]() -> ort::CustomOpDomain* {
+    ort::CustomOpDomain* domain = nullptr;
+    if (at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain)("msda", &domain) != nullptr) return nullptr;
+    if (at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd)(domain, &op) != nullptr) return nullptr;
+    return domain;
+  }();
+  return shared;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
+                                                                                 const ort::ApiBase* base) {
+  ort::Api* api = base->get_api(ort::kApiVersion);
+  if (api == nullptr) {
+    char message[128];
+    snprintf(message, sizeof(message), "MSDeformAttn: ONNX Runtime %.32s is too old, 1.%u or newer is needed",
+             base->get_version(), ort::kApiVersion);
+    const auto create_status = at<ort::CreateStatus>(base->get_api(ort::kFirstApiVersion), ort::kSlotCreateStatus);
+    return create_status(ort::kInvalidArgument, message);
+  }
+  ort::CustomOpDomain* domain = shared_domain(api);
+  if (domain == nullptr) return invalid(Runtime(api), "ONNX Runtime made no domain for it");
+  return at<ort::AddCustomOpDomain>(api, ort::kSlotAddCustomOpDomain)(options, domain);
+}
