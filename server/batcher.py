@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from bundle import Canvas
 from server.batch_queue import Batch, BatchQueue, Entry, Inferred
@@ -34,7 +35,8 @@ class Batcher:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._lanes = [_Lane(engine, index) for index, engine in enumerate(engines)]
+        self.progress = Progress(clock)  # of the engines: callers that come and go are none
+        self._lanes = [_Lane(engine, index, self.progress) for index, engine in enumerate(engines)]
         self._idle = list(self._lanes)
         self._queue = queue
         self._estimate = estimate
@@ -43,7 +45,6 @@ class Batcher:
         self._running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no hard reference to a task
         self._draining = False
         self._closed = False
-        self.progress = Progress(clock)
 
     @property
     def waiting(self) -> int:
@@ -58,17 +59,15 @@ class Batcher:
         Raises Draining, DeadlinePassed or EngineFailed. To give up, cancel: the image leaves the queue at once.
         """
         if self._closed:
-            raise Draining("the server is stopping")
+            raise self._stopping()
         now_s = self._clock()
         entry = Entry(image, now_s, deadline_s, asyncio.get_running_loop().create_future(), on_dispatch)
         self._queue.push(entry)
-        self.progress.begin()
         try:
             self._dispatch()
             return await entry.future
         finally:
             self._queue.discard(entry)
-            self.progress.end()
 
     async def warm(self, canvases: Sequence[Canvas], make_image: Callable[[Canvas], Pixels]) -> None:
         """Run every engine once on every canvas, so that no request pays for a first time. Errors are raised."""
@@ -91,7 +90,7 @@ class Batcher:
         """Fail what is left (nothing, if all requests were waited for), and let the engines go."""
         self._closed = True
         for entry in self._queue.drop_expired(float("inf")):
-            _fail(entry, Draining("the server is stopping"))
+            _fail(entry, self._stopping())
         for task in self._running:
             task.cancel()
         if self._running:
@@ -107,21 +106,24 @@ class Batcher:
             batch = self._queue.pop(now_s, draining=self._draining)
             if batch is None:
                 return
-            task = asyncio.get_running_loop().create_task(self._run(self._idle.pop(), batch, now_s))
+            lane = self._idle.pop()
+            task = asyncio.get_running_loop().create_task(self._run(lane, batch, now_s))
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            task.add_done_callback(partial(self._finish, lane, batch))
 
     async def _run(self, lane: "_Lane", batch: Batch, now_s: float) -> None:
         self._metrics.observe_batch(batch)
-        try:
-            for entry in batch.entries:
-                entry.on_dispatch()
-            await self._infer_by_halves(lane, batch.entries, batch.canvas, now_s)
-        finally:
-            for entry in batch.entries:  # whatever happened, a cancelled task included: no future is left waiting
-                _fail(entry, EngineFailed("the engine was stopped"))
-            self._idle.append(lane)
-            self._dispatch()
+        for entry in batch.entries:
+            entry.on_dispatch()
+        await self._infer_by_halves(lane, batch.entries, batch.canvas, now_s)
+
+    def _finish(self, lane: "_Lane", batch: Batch, task: "asyncio.Task[None]") -> None:
+        """A callback, not a `finally`: a task that is cancelled before it has begun never reaches its `try`."""
+        self._running.discard(task)
+        for entry in batch.entries:  # whatever happened, no future is left waiting
+            _fail(entry, EngineFailed("the engine was stopped"))
+        self._idle.append(lane)
+        self._dispatch()
 
     async def _infer_by_halves(
         self, lane: "_Lane", entries: Sequence[Entry], canvas: Canvas, dispatched_s: float
@@ -149,16 +151,24 @@ class Batcher:
                 queue_ms, inference_ms = (dispatched_s - entry.queued_at_s) * 1e3, (now_s - dispatched_s) * 1e3
                 entry.future.set_result(Inferred(raw.of_slot(slot), queue_ms, inference_ms))
 
+    def _stopping(self) -> Draining:
+        return Draining("the server is stopping", self._estimate.retry_after_s(self.waiting))
+
 
 class _Lane:
     """An engine and its thread."""
 
-    def __init__(self, engine: Engine, index: int) -> None:
+    def __init__(self, engine: Engine, index: int, progress: Progress) -> None:
         self.engine = engine
+        self._progress = progress
         self._worker = Worker(f"engine-{index}")
 
     async def run(self, images: Sequence[Pixels], canvas: Canvas) -> RawDetections:
-        return await asyncio.wrap_future(self._worker.submit(run_engine, self.engine, images, canvas))
+        self._progress.begin()
+        try:
+            return await asyncio.wrap_future(self._worker.submit(run_engine, self.engine, images, canvas))
+        finally:
+            self._progress.end()
 
     def close(self) -> None:
         self._worker.submit(self.engine.close)  # after what it still does

@@ -18,7 +18,7 @@ from server.body import split_images
 from server.decode import decode, prepare_decoding
 from server.draw import draw_detections, encode_png
 from server.engine import Engine
-from server.errors import ImageError, ServiceError
+from server.errors import EngineFailed, ImageError, ServiceError
 from server.estimate import Estimate
 from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
@@ -131,6 +131,8 @@ class Service:
                     raise upload
                 image = await self._prepare(upload, admit_ms)
                 inferred = await self.batcher.infer(image, deadline_s, ticket.dispatched)
+            except EngineFailed as error:  # has left the queue already
+                return error
             except ServiceError as error:
                 ticket.dispatched()
                 return error
@@ -187,10 +189,9 @@ class Service:
             return PreparedImage(pixels, canvas, picture.width, picture.height, times)
 
         self._decoding.begin()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, decode_and_preprocess)
-        finally:
-            self._decoding.end()
+        work = self._decoders.submit(decode_and_preprocess)
+        work.add_done_callback(lambda _: self._decoding.end())  # when the thread is free, not when the client has left
+        return await asyncio.wrap_future(work)
 
 
 def _blank(canvas: Canvas) -> Pixels:

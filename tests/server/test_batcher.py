@@ -295,10 +295,22 @@ def test_closing_leaves_nobody_waiting_even_with_an_engine_that_hangs() -> None:
         await settle()
         await bench.batcher.close()
         assert isinstance((await asyncio.gather(running, return_exceptions=True))[0], EngineFailed)
-        with pytest.raises(Draining):
-            await queued
-        with pytest.raises(Draining):
-            await bench.submit(bench.image())
+        for refused in (queued, bench.submit(bench.image())):
+            with pytest.raises(Draining) as caught:
+                await refused
+            assert caught.value.retry_after_s == 1
+
+    run(test)
+
+
+def test_closing_leaves_nobody_waiting_of_a_batch_that_has_not_begun() -> None:
+    async def test(bench: Bench) -> None:
+        task = bench.submit(bench.image())
+        while not bench.batcher._running:
+            await asyncio.sleep(0)
+        await bench.batcher.close()
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(task, timeout=5)
 
     run(test)
 
@@ -329,6 +341,23 @@ def test_warming_fails_with_the_engine() -> None:
             await bench.batcher.warm(
                 MANIFEST.canvases, lambda canvas: np.zeros((canvas.height, canvas.width, 3), np.uint8)
             )
+
+    run(test)
+
+
+def test_clients_that_give_up_are_no_progress_of_an_engine_that_hangs() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        for _ in range(3):
+            impatient = bench.submit(bench.image())
+            await settle()
+            bench.clock.now_s += 4
+            impatient.cancel()
+            await settle()
+        assert bench.batcher.progress.stalled_s() == pytest.approx(12)
+        first.cancel()
+        await settle()
+        assert bench.batcher.progress.stalled_s() == pytest.approx(12)
 
     run(test)
 

@@ -1,6 +1,7 @@
 """Many requests at once: full queues, deadlines, clients that leave, a server that stops. Nothing sleeps."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -256,6 +257,55 @@ def test_livez_fails_when_a_stage_stops_with_work_waiting(settings: Settings) ->
     run(settings, test)
 
 
+def test_a_decoder_that_hangs_is_seen_when_its_client_has_left(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, entered = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> None:
+        entered.set()
+        gate.wait(timeout=30)
+
+    async def test(site: Site) -> None:
+        monkeypatch.setattr("server.service.decode", hang)
+        try:
+            request = site.post()
+            await asyncio.to_thread(entered.wait)
+            request.cancel()
+            await site.until(request.done)
+            now_s = site.service.clock()
+            site.service._decoding._clock = lambda: now_s + 11
+            assert (await site.client.get("/livez")).json() == {"status": "no progress in decode"}
+        finally:
+            gate.set()
+
+    run(settings, test)
+
+
+def test_an_image_that_fails_in_the_engine_gives_back_no_place_of_another(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(site: Site) -> None:
+        first = await site.hold()
+        files = [("images", (name, data)) for name, data in (("a", poison()), ("b", encode(rectangle())), ("c", encode(rectangle())))]
+        request = asyncio.create_task(site.client.post("/detect", files=files))
+        await site.until(lambda: site.service.batcher.waiting == 3)
+        admission = site.service.admission
+        leave_queue = admission._leave_queue
+        places: list[tuple[int, int]] = []
+
+        def watched(images: int) -> None:
+            leave_queue(images)
+            places.append((admission.waiting, site.service.batcher.waiting))
+
+        monkeypatch.setattr(admission, "_leave_queue", watched)
+        site.engine.gate.set()
+        await asyncio.gather(first, request)
+        assert all(admitted >= queued for admitted, queued in places), places
+
+    run(settings, test, max_batch_size=1)
+
+
 def test_every_place_is_given_back_whatever_happened(settings: Settings) -> None:
     async def test(site: Site) -> None:
         async def all_sorts() -> None:
@@ -274,6 +324,6 @@ def test_every_place_is_given_back_whatever_happened(settings: Settings) -> None
             await all_sorts()
         admission = site.service.admission
         assert (admission.waiting, admission.unanswered, site.service.batcher.waiting) == (0, 0, 0)
-        assert site.service._decoding.pending == 0
+        await site.until(lambda: site.service._decoding.pending == 0)  # what was given up ends in its thread
 
     run(settings, test)
