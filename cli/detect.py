@@ -29,8 +29,8 @@ SHARED_OPTIONS = [name for name in DetectOptions.model_fields if name != "format
 DESCRIPTION = """\
 Detect in pictures: files, folders (with all pictures below them) or quoted patterns.
 
-JSON goes to standard output, in the form of POST /detect's answer with the name of each file. A file that cannot be
-read has an error in its place, and the exit status is then 1."""
+JSON goes to standard output, in the form of POST /detect's answer with the name of each file. A file without an answer
+has an error in its place, and the exit status is then 1."""
 
 EXAMPLE = """\
 example:
@@ -41,7 +41,7 @@ example:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Detect in every picture named; 1 if one of them could not be read."""
+    """Detect in every picture named; 1 if one of them has no answer."""
     parser = argument_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -66,7 +66,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"ddetr detect: {error}", file=sys.stderr)
         return EXIT_FAILED
     if unread:
-        print(f"ddetr detect: {unread} of {len(paths)} files could not be read", file=sys.stderr)
+        print(f"ddetr detect: {unread} of {len(paths)} files have no answer", file=sys.stderr)
         return EXIT_FAILED
     return 0
 

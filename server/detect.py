@@ -8,7 +8,7 @@ from pathlib import Path
 from bundle import read_bundle
 from server.decode import decode
 from server.engine import Engine, open_engines, run_engine
-from server.errors import ImageError
+from server.errors import EngineFailed, ImageError
 from server.options import DetectOptions, category_ids
 from server.postprocess import postprocess
 from server.preprocess import preprocess
@@ -33,7 +33,10 @@ def open_engine(settings: Settings) -> Engine:
 
 
 def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_image_pixels: int) -> ImageAnswer:
-    """What `engine` finds in the image file `data`. Raises ImageError, or BadParameter for unknown classes."""
+    """What `engine` finds in the image file `data`.
+
+    Raises ImageError, EngineFailed, or BadParameter for unknown classes.
+    """
     manifest = engine.manifest
     wanted_ids = category_ids(options.classes, manifest.categories)
     marks_s = [time.monotonic()]
@@ -41,7 +44,10 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
     marks_s.append(time.monotonic())
     pixels, canvas = preprocess(picture, manifest)
     marks_s.append(time.monotonic())
-    raw = run_engine(engine, [pixels], canvas).of_slot(0)
+    try:
+        raw = run_engine(engine, [pixels], canvas).of_slot(0)
+    except Exception as error:
+        raise EngineFailed(f"the engine failed on this image: {type(error).__name__}: {error}") from error
     marks_s.append(time.monotonic())
     detections = postprocess(
         raw,
@@ -63,11 +69,11 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
 def detect_files(
     engine: Engine, paths: Iterable[Path], options: DetectOptions, max_image_pixels: int
 ) -> Iterator[FileOutcome]:
-    """The outcome of every file, as it is there. A file that is no readable picture does not end the run."""
+    """The outcome of every file, as it is there. A file without an answer does not end the run."""
     for path in paths:
         try:
             yield FileOutcome(path, detect_picture(engine, path.read_bytes(), options, max_image_pixels))
-        except ImageError as error:
+        except (ImageError, EngineFailed) as error:
             yield FileOutcome(path, error)
         except OSError as error:
             yield FileOutcome(path, ImageError(f"cannot be opened: {error.strerror}"))

@@ -12,6 +12,7 @@ ServiceError                 status  code
 │   ├── ImageEmpty              422  image_empty
 │   ├── ImageTruncated          422  image_truncated
 │   ├── ImageAnimated           422  image_animated
+│   ├── ShapeUnsupported        422  unsupported_shape
 │   ├── ImageTooLarge           413  too_many_pixels
 │   └── FormatUnsupported       415  unsupported_format
 ├── NothingReadable             422  nothing_readable        several images, and none could be read
@@ -105,6 +106,12 @@ class ImageAnimated(ImageError):
     """More than one frame."""
 
     code = "image_animated"
+
+
+class ShapeUnsupported(ImageError):
+    """No canvas of the bundle holds it."""
+
+    code = "unsupported_shape"
 
 
 class ImageTooLarge(ImageError):

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle import Canvas, Manifest, choose_canvas, resized_size
+from bundle import Canvas, CanvasError, Manifest, choose_canvas, resized_size
+from server.errors import ShapeUnsupported
 from server.timing import StageTimes
 
 Pixels: TypeAlias = NDArray[np.uint8]  # [h, w, 3] RGB
@@ -29,11 +30,16 @@ def preprocess(picture: Image.Image, manifest: Manifest) -> tuple[Pixels, Canvas
     """`picture` (RGB) resized by the manifest's rule, and the canvas it goes on.
 
     Bilinear, antialiased on shrinking, on 8-bit values: Pillow's own, which the paper's pipeline uses.
+    Raises ShapeUnsupported if no canvas does.
     """
     height, width = resized_size(picture.height, picture.width, manifest.resize)
+    try:
+        canvas = choose_canvas(height, width, manifest.canvases)
+    except CanvasError as error:
+        raise ShapeUnsupported(f"{picture.width}x{picture.height} pixels, resized: {error}") from error
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(picture), choose_canvas(height, width, manifest.canvases)
+    return np.asarray(picture), canvas
 
 
 def lay_on_canvas(images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDArray[np.int64]]:

@@ -59,7 +59,7 @@ def test_a_folder_stands_for_its_pictures_and_an_unreadable_one_costs_only_itsel
     assert [len(image["detections"]) for image in images[:2]] == [1, 1]
     assert set(images[2]) == {"file", "error"}
     assert images[2]["error"]["code"]
-    assert "1 of 3 files could not be read" in output.err
+    assert "1 of 3 files have no answer" in output.err
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

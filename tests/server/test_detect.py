@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from bundle import Bundle, BundleMissing
+from bundle import Bundle, BundleMissing, Canvas
 from server.detect import detect_files, detect_picture, find_pictures, open_engine
-from server.errors import BadParameter, ImageError
+from server.errors import BadParameter, EngineFailed, ImageError, ShapeUnsupported
 from server.options import DetectOptions
 from server.respond import ImageAnswer
 from server.settings import Settings
-from tests.server.fake_engine import FakeEngine
-from tests.server.pictures import BOX, HEIGHT, RED, WIDTH, encode, rectangle
+from tests.server.fake_engine import MANIFEST, FakeEngine
+from tests.server.pictures import BOX, HEIGHT, RED, WIDTH, encode, poison, rectangle
 
 LIMIT = 1_000_000
 
@@ -51,6 +51,27 @@ def test_files_that_cannot_be_read_do_not_end_the_run(tmp_path: Path) -> None:
     assert isinstance(outcomes[1].outcome, ImageError)
     assert "No such file" in outcomes[1].outcome.message
     assert isinstance(outcomes[2].outcome, ImageAnswer)
+
+
+def test_an_engine_that_fails_on_a_picture_costs_only_that(tmp_path: Path) -> None:
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, data in zip(files, (poison(), encode(rectangle(RED))), strict=True):
+        file.write_bytes(data)
+    bad, good = detect_files(FakeEngine(), files, DetectOptions(), LIMIT)
+    assert isinstance(bad.outcome, EngineFailed)
+    assert "RuntimeError: poison" in bad.outcome.message
+    assert isinstance(good.outcome, ImageAnswer)
+
+
+def test_a_picture_that_no_canvas_holds_costs_only_itself(tmp_path: Path) -> None:
+    files = [tmp_path / "tall.png", tmp_path / "wide.png"]
+    for file, size in zip(files, ((20, 60), (60, 20)), strict=True):
+        file.write_bytes(encode(rectangle(RED, (5, 5, 15, 15), size)))
+    wide_only = MANIFEST.model_copy(update={"canvases": (Canvas(height=64, width=96),)})
+    tall, wide = detect_files(FakeEngine(wide_only), files, DetectOptions(), LIMIT)
+    assert isinstance(tall.outcome, ShapeUnsupported)
+    assert "96x32 pixels" in tall.outcome.message
+    assert isinstance(wide.outcome, ImageAnswer)
 
 
 def test_folders_are_searched_for_pictures(tmp_path: Path) -> None:
