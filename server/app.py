@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from bundle import BundleError, read_bundle
@@ -13,7 +13,7 @@ from server.errors import ServiceError, StartupError
 from server.metrics import Metrics
 from server.observe import Observe
 from server.page import build_page_router
-from server.routes import build_router, error_response
+from server.routes import build_router, error_response, http_error_response
 from server.service import Service
 from server.settings import Settings
 
@@ -34,7 +34,9 @@ def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engin
         yield
         await service.stop()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # FastAPI's /docs, without its scripts from elsewhere: many a GPU host has no way out
+        docs_url="/docs",
+        redoc_url=None,
         title="ddetr",
         description="Deformable DETR over HTTP: images in, boxes, classes and scores out.",
         version=service.manifest.model.version,
@@ -53,7 +55,7 @@ def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engin
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
-        return error_response(_from_http(request, error))
+        return http_error_response(request, error)
 
     return app
 
@@ -65,14 +67,3 @@ def _engines(settings: Settings, engine: Engine | Sequence[Engine] | None) -> Se
         except BundleError as error:
             raise StartupError(str(error)) from error
     return engine if isinstance(engine, Sequence) else [engine]
-
-
-def _from_http(request: Request, error: HTTPException) -> ServiceError:
-    """Starlette's own errors (no such path, no such method) in our form."""
-    status = HTTPStatus(error.status_code)
-
-    class _HttpError(ServiceError):
-        pass
-
-    _HttpError.status, _HttpError.code = status.value, status.phrase.lower().replace(" ", "_")
-    return _HttpError(f"{request.method} {request.url.path}: {error.detail}")

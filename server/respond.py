@@ -64,7 +64,7 @@ def json_body(
 def image_content(outcome: Outcome, options: DetectOptions) -> dict[str, Any]:
     """One image's part of the JSON answer."""
     if isinstance(outcome, ServiceError):
-        return error_content(outcome)
+        return error_content(outcome.code, outcome.message)
     return {
         "width": outcome.width,
         "height": outcome.height,
@@ -95,7 +95,7 @@ def coco_body(outcomes: Sequence[Outcome], categories: Mapping[int, str], file_n
             image["file_name"] = file_names[image_id]
         images.append(image)
         if isinstance(outcome, ServiceError):
-            image |= error_content(outcome)
+            image |= error_content(outcome.code, outcome.message)
             continue
         image |= {"width": outcome.width, "height": outcome.height}
         for detection in outcome.detections:
@@ -115,9 +115,9 @@ def coco_body(outcomes: Sequence[Outcome], categories: Mapping[int, str], file_n
     return orjson.dumps({"images": images, "categories": named, "annotations": annotations})
 
 
-def error_content(error: ServiceError) -> dict[str, Any]:
+def error_content(code: str, message: str) -> dict[str, Any]:
     """`{"error": {"code", "message"}}`."""
-    return {"error": {"code": error.code, "message": error.message}}
+    return {"error": {"code": code, "message": message}}
 
 
 def convert_box(box_xyxy_px: Box, box_format: BoxFormat, units: Units, width: int, height: int) -> list[float]:

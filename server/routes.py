@@ -2,13 +2,15 @@
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
 from server.admit import Ticket, check_api_key, check_length, timeout_ms
@@ -16,7 +18,7 @@ from server.body import check_media_type, read_body
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE
 from server.options import DetectOptions, category_ids, parse_options
-from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, json_body
+from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, error_content, json_body
 from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
 from server.service import Service
 from server.timing import StageTimes, server_timing, slowest
@@ -157,10 +159,17 @@ def error_response(error: ServiceError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return _json({"error": {"code": error.code, "message": error.message}}, error.status, headers)
+    return _json(error_content(error.code, error.message), error.status, headers)
 
 
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def http_error_response(request: Request, error: HTTPException) -> Response:
+    """Starlette's own errors (no such path, no such method) in our form."""
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _json(error_content(code, message), error.status_code, error.headers)
+
+
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(
         orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS),
         status_code=status,

@@ -148,6 +148,12 @@ DETECT_REQUEST: dict[str, Any] = {
             "description": "taken over into the answer and the log",
             "schema": {"type": "string", "maxLength": 128},
         },
+        {
+            "name": "X-API-Key",
+            "in": "header",
+            "description": "where the server has API keys; or as `Authorization: Bearer KEY`",
+            "schema": {"type": "string"},
+        },
     ],
 }
 

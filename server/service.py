@@ -160,7 +160,8 @@ class Service:
 
     async def split(self, body: bytes, headers: Headers) -> list[bytes | ImageError]:
         """The image files in a request's body, see `split_images`; large bodies are taken apart beside the loop."""
-        most = self.settings.max_images_per_request
+        # More than the queue holds could never be let in: better a refusal than to be told to come back later.
+        most = min(self.settings.max_images_per_request, self.settings.queue_limit)
         if len(body) <= _INLINE_BYTES:
             return split_images(body, headers, most)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, split_images, body, headers, most)

@@ -287,7 +287,10 @@ def test_an_image_that_fails_in_the_engine_gives_back_no_place_of_another(
 ) -> None:
     async def test(site: Site) -> None:
         first = await site.hold()
-        files = [("images", (name, data)) for name, data in (("a", poison()), ("b", encode(rectangle())), ("c", encode(rectangle())))]
+        files = [
+            ("images", (name, data))
+            for name, data in (("a", poison()), ("b", encode(rectangle())), ("c", encode(rectangle())))
+        ]
         request = asyncio.create_task(site.client.post("/detect", files=files))
         await site.until(lambda: site.service.batcher.waiting == 3)
         admission = site.service.admission

@@ -13,12 +13,12 @@ from PIL import Image
 from PIL.ExifTags import Base
 from starlette.testclient import TestClient
 
-from bundle import Bundle
+from bundle import Bundle, Canvas
 from server.app import create_app
 from server.draw import color_of
 from server.errors import StartupError
 from server.settings import Settings
-from tests.server.fake_engine import FakeEngine
+from tests.server.fake_engine import MANIFEST, FakeEngine
 from tests.server.pictures import BLUE, BOX, GREEN, HEIGHT, RED, WIDTH, encode, poison, rectangle
 
 PNG = {"Content-Type": "image/png"}
@@ -211,6 +211,22 @@ def test_too_much_is_413(settings: Settings, engine: FakeEngine) -> None:
         assert boxes(post(client)) == [list(BOX)]
 
 
+def test_more_images_than_the_queue_can_ever_hold_are_413_not_429(settings: Settings, engine: FakeEngine) -> None:
+    with TestClient(create_app(settings.model_copy(update={"queue_limit": 2}), engine)) as client:
+        response = client.post("/detect", files=[("images", (name, encode(rectangle()))) for name in "abc"])
+        assert error(response)[:2] == (413, "too_many_images")
+
+
+def test_a_shape_that_no_canvas_holds_has_its_error_in_its_place(settings: Settings) -> None:
+    wide_only = MANIFEST.model_copy(update={"canvases": (Canvas(height=64, width=96),)})
+    tall, wide = encode(rectangle(RED, (5, 5, 15, 15), (20, 60))), encode(rectangle(RED, (5, 5, 15, 15), (60, 20)))
+    with TestClient(create_app(settings, FakeEngine(wide_only))) as client:
+        images = client.post("/detect", files=[("images", ("a", tall)), ("images", ("b", wide))]).json()["images"]
+        assert images[0]["error"]["code"] == "unsupported_shape"
+        assert len(images[1]["detections"]) == 1
+        assert error(post(client, tall))[:2] == (422, "unsupported_shape")
+
+
 def test_large_bodies_of_every_type_are_taken_apart(client: TestClient) -> None:
     noise = np.random.default_rng(0).integers(0, 100, (800, 1200, 3), np.uint8)
     noise[100:400, 150:750] = 255
@@ -246,7 +262,9 @@ def test_server_timing_has_every_stage(client: TestClient) -> None:
 
 def test_wrong_paths_and_methods_have_error_bodies(client: TestClient) -> None:
     assert error(client.get("/nowhere"))[:2] == (404, "not_found")
-    assert error(client.get("/detect"))[:2] == (405, "method_not_allowed")
+    wrong = client.get("/detect")
+    assert error(wrong)[:2] == (405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
 
 
 def test_health(client: TestClient) -> None:
@@ -269,8 +287,18 @@ def test_model_tells_what_is_served(client: TestClient) -> None:
     assert content["resize"] == {"shortest": 64, "longest": 96}
 
 
+def test_docs_need_nothing_from_outside(client: TestClient) -> None:
+    page = client.get("/docs").text
+    links = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert links
+    for link in links:
+        assert link.startswith("/")
+        assert client.get(link).status_code == 200
+    assert "/openapi.json" in page
+    assert client.get("/redoc").status_code == 404
+
+
 def test_docs_describe_detect(client: TestClient) -> None:
-    assert client.get("/docs").status_code == 200
     detect = client.get("/openapi.json").json()["paths"]["/detect"]["post"]
     names = {parameter["name"] for parameter in detect["parameters"]}
     assert names == {
@@ -282,6 +310,7 @@ def test_docs_describe_detect(client: TestClient) -> None:
         "format",
         "X-Timeout-Ms",
         "X-Request-Id",
+        "X-API-Key",
     }
     assert set(detect["requestBody"]["content"]) == {"multipart/form-data", "image/*", "application/json"}
     assert set(detect["responses"]) >= {"200", "400", "413", "415", "422", "429", "500", "503", "504"}
