@@ -129,8 +129,9 @@ def check_api_key(headers: Headers, api_keys: Sequence[SecretStr]) -> None:
     if not api_keys:
         return
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = (token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")).encode()
+    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    sent = given.encode("latin-1")  # as which the bytes of headers were read
     # Every key is compared, each in constant time: how long it takes tells nothing of which was near.
-    matches = [hmac.compare_digest(given, key.get_secret_value().encode()) for key in api_keys]
+    matches = [hmac.compare_digest(sent, key.get_secret_value().encode()) for key in api_keys]
     if not any(matches):
         raise Unauthorized("this server needs an API key: Authorization: Bearer KEY")

@@ -147,6 +147,6 @@ def _from_base64(text: str) -> bytes | ImageError:
     if text.startswith("data:"):  # as a browser's FileReader gives it
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # some encoders break lines
     except (binascii.Error, ValueError) as error:
         return ImageError(f"not base64: {error}")

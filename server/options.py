@@ -59,15 +59,18 @@ def category_ids(classes: str | None, categories: Mapping[int, str]) -> frozense
     """
     if classes is None:
         return None
-    by_name = {name: category_id for category_id, name in categories.items()}
-    by_folded_name = {name.casefold(): category_id for name, category_id in by_name.items()}
-    chosen = set()
+    by_name: dict[str, set[int]] = {}
+    by_folded_name: dict[str, set[int]] = {}
+    for category_id, name in categories.items():
+        by_name.setdefault(name, set()).add(category_id)
+        by_folded_name.setdefault(name.casefold(), set()).add(category_id)
+    chosen: set[int] = set()
     for part in classes.split(","):
         name = part.strip()
         if name in by_name:
-            chosen.add(by_name[name])
+            chosen |= by_name[name]
         elif name.casefold() in by_folded_name:
-            chosen.add(by_folded_name[name.casefold()])
+            chosen |= by_folded_name[name.casefold()]
         elif name.isascii() and name.isdigit() and len(name) < 10 and int(name) in categories:
             chosen.add(int(name))
         else:

@@ -119,6 +119,10 @@ def test_keys_open(headers: dict[str, str]) -> None:
     check_api_key(Headers({}), ())
 
 
+def test_keys_are_compared_as_the_bytes_that_are_sent() -> None:
+    check_api_key(Headers(raw=[(b"x-api-key", "zweiter Schlüssel".encode())]), KEYS)
+
+
 @pytest.mark.parametrize(
     "headers",
     [{}, {"Authorization": "Basic first"}, {"Authorization": "Bearer "}, {"X-API-Key": "firs"}, {"X-API-Key": "é"}],

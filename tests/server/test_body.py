@@ -94,6 +94,11 @@ def test_json_images() -> None:
     assert split_images(body, JSON, 3) == [b"\x89PNG", b"\x89PNG", b""]
 
 
+def test_base64_in_lines_is_understood() -> None:
+    data = bytes(range(256))
+    assert split_images(orjson.dumps({"images": [{"b64": base64.encodebytes(data).decode()}]}), JSON, 1) == [data]
+
+
 def test_bad_base64_costs_only_its_own_image() -> None:
     good, bad, foreign = split_images(b'{"images": [{"b64": "AAAA"}, {"b64": "A"}, {"b64": "\xc3\xa9"}]}', JSON, 3)
     assert good == b"\0\0\0"

@@ -90,6 +90,10 @@ def test_classes_by_name_and_id(classes: str | None, expected: set[int] | None) 
     assert category_ids(classes, CATEGORIES) == expected
 
 
+def test_a_name_of_several_categories_means_them_all() -> None:
+    assert category_ids("n/a,cat", {0: "N/A", 12: "N/A", 17: "cat"}) == {0, 12, 17}
+
+
 @pytest.mark.parametrize("classes", ["", "pink", "red,,green", "3", "-1", "²", "9" * 5000])
 def test_unknown_classes_are_named_with_what_there_is(classes: str) -> None:
     with pytest.raises(BadParameter, match=r"classes: .* is none of red \(1\), green \(2\), Blue \(30\), 5 \(44\)"):
