@@ -45,19 +45,21 @@ class Admission:
         ticket.images = ticket.waiting = 1
         return ticket
 
-    def _enter(self, images: int, deadline_s: float) -> None:
+    def _enter(self, images: int, deadline_s: float, held: int = 0) -> None:
+        """Count `images` more of a request that holds `held` places already."""
         if self._waiting + images > self._limit:
             raise QueueFull(
                 f"{self._waiting} images are waiting and {self._limit} may: no place for {images} more",
                 self._estimate.retry_after_s(self._unanswered),
             )
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
-        if self._unanswered:
+        ahead = self._unanswered - held
+        if ahead:
             needed_s = self._estimate.seconds_for(self._unanswered + images)
             left_s = deadline_s - self._clock()
             if needed_s > left_s:
                 raise DeadlineUnmeetable(
-                    f"{self._unanswered} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left",
+                    f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left",
                     max(1, math.ceil(needed_s - left_s)),
                 )
         self._waiting += images
@@ -82,7 +84,7 @@ class Ticket:
         """Places for `images` images in all, where one was held."""
         more = images - self.images
         if more > 0:
-            self._admission._enter(more, deadline_s)
+            self._admission._enter(more, deadline_s, held=self.images)
             self.images += more
             self.waiting += more
 
