@@ -120,7 +120,7 @@ class PaperAugment:
     def _crop(
         self, height: int, width: int, rng: np.random.Generator
     ) -> tuple[tuple[float, float, float, float], int, int]:
-        """Sides of 384 to 600 px out of the picture resized to 400, 500 or 600: the window in px of the picture itself, h, w."""
+        """384 to 600 px of the picture resized to 400, 500 or 600: the window in px of the picture itself, h, w."""
         rule = ResizeRule(shortest=int(rng.choice((400, 500, 600))), longest=UNLIMITED)
         resized_h, resized_w = resized_size(height, width, rule)
         w, h = (int(rng.integers(384, min(side, 600) + 1)) for side in (resized_w, resized_h))

@@ -60,7 +60,7 @@ def average_precision(annotations: Path, detections: list[Detection]) -> Average
 
 
 def _truth(annotations: Path) -> COCO:
-    """The file as pycocotools wants it: `area` and `iscrowd` filled in, ids from 1, for it takes a match with 0 for none."""
+    """The file as pycocotools wants it: `area` and `iscrowd` there, ids from 1 (it takes a match with 0 for none)."""
     document = json.loads(annotations.read_text(encoding="utf-8"))
     truth = COCO()
     truth.dataset = {"info": {}} | document

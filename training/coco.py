@@ -19,7 +19,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One annotated picture: boxes float32 [n, 4] x0, y0, x1, y1 in pixels, classes int64 [n] (crowds and boxes of no size left out)."""
+    """One annotated picture: boxes float32 [n, 4] x0, y0, x1, y1 in pixels, classes int64 [n].
+
+    Crowds and boxes of no size are left out.
+    """
 
     image_id: int
     path: Path

@@ -46,8 +46,8 @@ class Criterion(nn.Module):
         """`outputs` of a network in training mode -> its losses, unweighted.
 
         They are loss_ce, loss_bbox and loss_giou, with suffix _0.. for the auxiliary layers, _enc for the proposals,
-        and _dn, _dn_0.. for denoising queries. targets: of each image `labels` int64 [n] and `boxes` [n, 4] (cx, cy, w, h
-        in 0..1). Raises ValueError for a label the network does not have.
+        and _dn, _dn_0.. for denoising queries. targets: of each image `labels` int64 [n] and `boxes` [n, 4] (cx, cy,
+        w, h in 0..1). Raises ValueError for a label the network does not have.
         """
         self._check(targets)
         count = _object_count(targets, outputs["pred_logits"].device)

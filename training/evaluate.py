@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"{split.annotations} has categories {missing}, which the checkpoint does not know")
     except (DataError, OSError, ValueError) as error:
         parser.exit(1, f"ddetr evaluate: {error}\n")
-    result = evaluate(model, split, torch.device(args.device), args.batch_size, progress=True)
+    try:
+        result = evaluate(model, split, torch.device(args.device), args.batch_size, progress=True)
+    except DataError as error:
+        parser.exit(1, f"ddetr evaluate: {error}\n")
     print(result.table())
     if args.json:
         args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")

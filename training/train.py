@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pickle
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -17,7 +16,7 @@ from training.augment import PaperAugment
 from training.coco import CocoSplit, DataError, read_split
 from training.dataset import CocoDataset
 from training.recipe import Recipe
-from training.trainer import Processes, Trainer
+from training.trainer import Processes, Trainer, read_state
 
 EXAMPLE = """examples:
   ddetr train --data data/coco --output runs/coco --variant r50-two-stage --backbone-weights resnet50.pth
@@ -65,11 +64,7 @@ def with_categories(model: DeformableDetr, data: CocoSplit) -> DeformableDetr:
 
 def load_backbone(model: DeformableDetr, path: Path) -> None:
     """ImageNet weights under torchvision's names (the classifier `fc` is left out); a wrong key is a ValueError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a file of weights: {error}") from error
+    state = {name: value for name, value in read_state(path).items() if not name.startswith("fc.")}
     mine = model.backbone.state_dict()
     if wrong := [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]:
         shapes = f"{list(state[wrong[0]].shape)}, not {list(mine[wrong[0]].shape)}"
@@ -154,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = trainer.run()
     except (DataError, FloatingPointError) as error:
-        parser.exit(1, f"ddetr train: {error}\n")
+        reason = str(error).strip().rpartition("DataError: ")[2]  # without the traceback of the process that loads
+        parser.exit(1, f"ddetr train: {reason}\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models import DeformableDetr, save_checkpoint
+from models import CheckpointError, DeformableDetr, save_checkpoint
+from models.pickled import read_pickled
 from training.average_precision import AveragePrecision
 from training.coco import CocoSplit
 from training.criterion import Criterion, Denoising, weighted_sum
@@ -230,7 +231,7 @@ class Trainer:
     def resume(self) -> None:
         """Go on from last.pt; ValueError when it belongs to another recipe or network."""
         path = self.output / "last.pt"
-        state = torch.load(path, map_location=self.processes.device, weights_only=True)
+        state = read_state(path)
         for name, mine in (("recipe", asdict(self.recipe)), ("config", self.learner.detector.config.to_dict())):
             theirs = state[name]
             if changed := [k for k in mine if _plain(mine[k]) != _plain(theirs.get(k))]:
@@ -252,6 +253,19 @@ class Trainer:
         if log.exists():
             header, *rows = log.read_bytes().splitlines(keepends=True)
             log.write_bytes(b"".join([header, *(row for row in rows if int(row.split(b",")[0]) <= self.epoch)]))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A dictionary that torch.save wrote, on the CPU; a missing or damaged file is an error that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        state = read_pickled(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary")
+    return state
 
 
 def _plain(value: Any) -> Any:
