@@ -39,8 +39,9 @@ def put_in_place(checkout: str) -> None:
         sys.modules["own_" + name] = sys.modules.pop(name)  # the official package is called `models`, too
     sys.path.insert(0, checkout)
     for name in (
-        "torchvision", "torchvision.ops", "torchvision.ops.boxes", "torchvision.ops.misc", "torchvision.models", "torchvision.models._utils",
-        "MultiScaleDeformableAttention", "pycocotools", "pycocotools.mask", "panopticapi", "panopticapi.utils",
+        "torchvision", "torchvision.ops", "torchvision.ops.boxes", "torchvision.ops.misc",
+        "torchvision.models", "torchvision.models._utils", "MultiScaleDeformableAttention",
+        "pycocotools", "pycocotools.mask", "panopticapi", "panopticapi.utils",
     ):  # fmt: skip
         sys.modules[name] = Absent(name)
     sys.modules["torchvision"].__version__ = "1.0.0"  # type: ignore[attr-defined]
@@ -59,7 +60,7 @@ def official_answers(name: str) -> dict[str, Any]:
     outputs, targets = make_case(name)
     losses = {key: value for key, value in criterion(outputs, targets).items() if key.startswith("loss_")}
     weighted = sum(value * WEIGHTS["_".join(key.split("_")[:2])] for key, value in losses.items())
-    weighted.backward()  # type: ignore[union-attr]
+    weighted.backward()
     nothing = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
     matched = {
         suffix: [[queries.tolist(), objects.tolist()] for queries, objects in matcher(layer, truth)]

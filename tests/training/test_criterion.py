@@ -36,7 +36,7 @@ def test_losses_and_their_gradients_are_the_official_codes(name: str) -> None:
 
     losses = criterion_for(name)(outputs, targets)
     total = weighted_sum(losses)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
 
     assert losses.keys() == wanted["losses"].keys()
     for key, value in wanted["losses"].items():
@@ -82,7 +82,8 @@ def test_outputs_that_are_no_numbers_are_an_error() -> None:
 
 
 def quality(outputs: dict[str, Any], targets: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    return Criterion(TINY, quality_targets=True)(outputs, targets)["loss_ce"]
+    loss: torch.Tensor = Criterion(TINY, quality_targets=True)(outputs, targets)["loss_ce"]
+    return loss
 
 
 def test_quality_targets_want_the_score_to_be_the_iou() -> None:
@@ -91,18 +92,17 @@ def test_quality_targets_want_the_score_to_be_the_iou() -> None:
     iou, _ = overlaps(cxcywh_to_xyxy(found[0]), cxcywh_to_xyxy(box))
     targets = [{"labels": torch.tensor([1]), "boxes": box}]
 
-    def slope(score: float) -> torch.Tensor:
+    def slope(score: float) -> float:
         logits = torch.full((1, 1, 3), -20.0)  # all other classes are surely not there
         logits[0, 0, 1] = math.log(score / (1 - score))
         logits.requires_grad_()
         loss = quality({"pred_logits": logits, "pred_boxes": found}, targets)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        return gradient[0, 0, 1]
+        return float(torch.autograd.grad(loss, logits)[0][0, 0, 1])
 
     wanted = float(iou)
     assert wanted == pytest.approx(0.75)
-    assert abs(float(slope(wanted))) < 1e-6
-    assert float(slope(wanted - 0.1)) < 0 < float(slope(wanted + 0.1))
+    assert abs(slope(wanted)) < 1e-6
+    assert slope(wanted - 0.1) < 0 < slope(wanted + 0.1)
 
 
 def test_quality_targets_change_the_class_loss_alone_and_give_boxes_no_gradient() -> None:

@@ -56,7 +56,8 @@ def test_groups_are_blind_to_each_other_and_the_networks_queries_to_all() -> Non
 
 def test_boxes_to_restore_lie_nearer_than_boxes_to_reject() -> None:
     make = queries()
-    restored, rejected = [], []
+    restored: list[torch.Tensor] = []
+    rejected: list[torch.Tensor] = []
     for _ in range(50):
         extra, denoising = make(TARGETS)
         slots, objects = denoising.pairs[0]
@@ -90,8 +91,8 @@ def test_the_networks_own_answers_do_not_change(targets: list[Target]) -> None:
 
     without, with_extra = model(pixels), model(pixels, None, extra)
 
-    assert len(with_extra["extra"]) == TWO_STAGE.num_decoder_layers  # type: ignore[arg-type]
-    layers = zip([without, *without["aux_outputs"]], [with_extra, *with_extra["aux_outputs"]], strict=True)  # type: ignore[misc]
+    assert len(with_extra["extra"]) == TWO_STAGE.num_decoder_layers
+    layers = zip([without, *without["aux_outputs"]], [with_extra, *with_extra["aux_outputs"]], strict=True)
     for alone, beside in layers:
         torch.testing.assert_close(beside["pred_logits"], alone["pred_logits"], atol=1e-5, rtol=0)
         torch.testing.assert_close(beside["pred_boxes"], alone["pred_boxes"], atol=1e-5, rtol=0)
@@ -105,7 +106,7 @@ def test_a_group_does_not_change_another_groups_answers() -> None:
     content[:, :6] += 1.0  # the first group
     changed = ExtraQueries(content, extra.boxes, extra.blocked)
     before, after = model(pixels, None, extra)["extra"], model(pixels, None, changed)["extra"]
-    for was, now in zip(before, after, strict=True):  # type: ignore[call-overload]
+    for was, now in zip(before, after, strict=True):
         assert not torch.allclose(now["pred_logits"][:, :6], was["pred_logits"][:, :6], atol=1e-4)
         torch.testing.assert_close(now["pred_logits"][:, 6:], was["pred_logits"][:, 6:], atol=1e-5, rtol=0)
 
@@ -116,7 +117,7 @@ def test_every_batch_has_the_same_losses_and_trains_the_label_embedding(targets:
     extra, denoising = make(targets)
     losses = Criterion(TWO_STAGE)(model(torch.randn(2, 3, 64, 96), None, extra), targets, denoising)
     assert losses.keys() == {f"{kind}{end}" for kind in LOSS_WEIGHTS for end in ("", "_0", "_enc", "_dn", "_dn_0")}
-    sum(losses.values()).backward()  # type: ignore[union-attr]
+    sum(losses.values()).backward()
     assert all(parameter.grad is not None for parameter in [*model.parameters(), *make.parameters()])
 
 
