@@ -31,10 +31,11 @@ INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-com
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
 KERNELS := $(wildcard plugins/msda/*.cpp plugins/msda/*.cu plugins/msda/*.h)
-NATIVE := plugins/msda/libmsda_cpu.so
+# The library that plugins/build.py makes last: it stands for all of them.
+NATIVE := plugins/msda/libmsda_onnxruntime.so
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-all lint format train clean
+.PHONY: help setup native serve test test-all lint format train clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -42,7 +43,9 @@ help: ## this list
 
 setup: $(READY) $(NATIVE) ## make .venv with all that tests, training and export need
 
-serve: $(SERVING) ## serve the embedded model at http://localhost:8000 (PORT=...)
+native: $(NATIVE) ## compile the attention kernel, where there is a C++ compiler
+
+serve: $(SERVING) $(NATIVE) ## serve the embedded model at http://localhost:8000 (PORT=...)
 	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
 
 test: $(READY) $(NATIVE) ## run the tests (ARGS="tests/server -k batcher")
@@ -70,7 +73,7 @@ train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder 
 		--name blood-cells --with-checkpoint
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) $(NATIVE) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) plugins/msda/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without a C++ compiler nothing is built, a line says so, and what would use it runs slower.

@@ -24,12 +24,13 @@ _ERRORS_ONLY = 3
 
 
 class OnnxRuntimeEngine:
-    """One session. With our op's library it runs the kernel, without it the function that the model carries."""
+    """One session. On the CPU with our op's library it runs the native kernel, else the function that the model carries."""
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.manifest: Manifest = bundle.manifest
         provider, options = _provider(settings.device)
-        library = plugins.onnxruntime_library()
+        # Its kernel is for the CPU: a GPU that handed every attention to the CPU would be slower than with the function.
+        library = plugins.onnxruntime_library() if provider == "CPUExecutionProvider" else None
         session_options = ort.SessionOptions()
         session_options.log_severity_level = _ERRORS_ONLY
         session_options.intra_op_num_threads = settings.engine_threads or max(
@@ -47,11 +48,11 @@ class OnnxRuntimeEngine:
             raise StartupError(f"ONNX Runtime {ort.__version__} cannot load {bundle.onnx_path}: {error}") from error
         self._check_graph(bundle)
         device = "cpu" if provider == "CPUExecutionProvider" else f"cuda:{options['device_id']}"
-        self.op = "kernel" if library is not None else "function"
+        self.op = "native kernel" if library is not None else "function"
         self.name = f"onnxruntime {ort.__version__} on {device}, MSDeformAttn as {self.op}"
-        logger.info(
-            "%s, %d threads, %s", self.name, session_options.intra_op_num_threads, library or "no native library"
-        )
+        logger.info("%s, %d threads", self.name, session_options.intra_op_num_threads)
+        if library is None and device == "cpu":
+            logger.warning("the native kernel is not built, answers take longer; with a C++ compiler: make native")
 
     def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDArray[np.int64]]:
         """The graph's two inputs, see `lay_on_canvas`."""

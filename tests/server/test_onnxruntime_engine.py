@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import plugins
 from bundle import Bundle, Canvas, write_bundle
 from server.engine import RawDetections, open_engines, run_engine
 from server.errors import StartupError
@@ -52,7 +53,7 @@ def test_neighbours_do_not_change_an_answer(engine: OnnxRuntimeEngine) -> None:
 def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
     assert "onnxruntime" in engine.name
     assert "cpu" in engine.name
-    assert ("kernel" in engine.name) != ("function" in engine.name)
+    assert ("native kernel" in engine.name) == (plugins.onnxruntime_library() is not None)
     assert engine.manifest == MANIFEST.model_copy(update={"hashes": engine.manifest.hashes})
 
 
@@ -96,6 +97,16 @@ def test_a_library_that_cannot_be_loaded_is_named(
     monkeypatch.setattr("plugins.onnxruntime_library", lambda: library)
     with pytest.raises(StartupError, match=r"refuses .*libother\.so"):
         open_engines(Settings(bundle=tiny_bundle.path), tiny_bundle)
+
+
+def test_without_the_library_the_function_answers(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("plugins.onnxruntime_library", lambda: None)
+    engine = OnnxRuntimeEngine(tiny_bundle, Settings(bundle=tiny_bundle.path, device="cpu"))
+    assert engine.name.endswith("MSDeformAttn as function")
+    assert "make native" in caplog.text
+    assert len(run_engine(engine, [image(1, 64, 64)], WIDE).boxes) == 1
 
 
 @pytest.mark.parametrize(
