@@ -15,6 +15,24 @@ def test_the_page_is_whole_and_asks_nobody_else(client: TestClient) -> None:
         assert f'id="{name}"' in response.text
 
 
+def test_every_part_has_a_name_for_those_who_cannot_see_it(client: TestClient) -> None:
+    html = client.get("/").text
+    assert '<html lang="en">' in html
+    canvas = re.search(r"<canvas[^>]*>", html)
+    assert canvas is not None
+    assert 'role="img"' in canvas[0]
+    assert "aria-label=" in canvas[0]
+    assert '$("view").setAttribute("aria-label"' in html  # tells what was found, too
+    for name in re.findall(r'<input id="(\w+)"', html):
+        assert re.search(rf'<label for="{name}"|<label[^>]*>[^<]*<input id="{name}"', html), name
+    assert len(re.findall('<th scope="col">', html)) == len(re.findall("<th[ >]", html)) == 6
+    assert 'role="status" aria-live="polite"' in html
+
+
+def test_no_text_from_outside_becomes_markup(client: TestClient) -> None:
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", client.get("/").text)
+
+
 def test_its_policy_lets_its_own_script_run_and_nothing_from_outside(client: TestClient) -> None:
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
