@@ -25,7 +25,7 @@ def write_bundle(output: Path | str, manifest: Manifest, files: Mapping[str, Pat
     for name in files:
         if plain_file_name(name) == MANIFEST_FILE:
             raise ValueError(f"{MANIFEST_FILE} is written from the manifest, not from files")
-    _check_place(output)
+    check_place(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
@@ -46,7 +46,8 @@ def write_bundle(output: Path | str, manifest: Manifest, files: Mapping[str, Pat
     return read_bundle(output)
 
 
-def _check_place(output: Path) -> None:
+def check_place(output: Path) -> None:
+    """Raise BundleOccupied where `output` holds something that is no bundle: worth asking before a long export."""
     if not output.exists():
         return
     if not output.is_dir():

@@ -28,6 +28,7 @@ from bundle import (
     write_bundle,
 )
 from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, sha256_of
+from bundle.writer import check_place
 from export.trace import TraceError, trace
 from export.verify import MAX_BOX_ERROR, MAX_SCORE_ERROR, ParityError, verify
 from models import VARIANTS, CheckpointError, DeformableDetr, DeformableDetrConfig, load_checkpoint, save_checkpoint
@@ -66,6 +67,7 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
 
     Raises what the steps raise: FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError.
     """
+    check_place(request.output)
     step = _Steps(say)
     with step("load"):
         model = load_checkpoint(request.checkpoint, request.variant)
@@ -111,7 +113,9 @@ def _check_canvases(canvases: Sequence[Canvas], config: DeformableDetrConfig, sa
     """Raise ExportError for a canvas too small for the queries; say which common pictures no canvas holds."""
     for canvas in canvases:
         if config.two_stage and (pixels := _pyramid_pixels(canvas, config)) < config.num_queries:
-            raise ExportError(f"canvas {canvas} has {pixels} pixels on all levels, fewer than {config.num_queries} queries")
+            raise ExportError(
+                f"canvas {canvas} has {pixels} pixels on all levels, fewer than {config.num_queries} queries"
+            )
     rule = _rule(config)
     for ratio in _ASPECT_RATIOS:
         height, width = resized_size(round(1000 * ratio), 1000, rule)
@@ -194,7 +198,7 @@ def _table(say: Say) -> Callable[[ParityRecord], None]:
 
 
 def parse_canvases(text: str) -> tuple[Canvas, ...]:
-    """"800x1088,1088x800" -> canvases (height x width). Raises argparse.ArgumentTypeError naming the part."""
+    """ "800x1088,1088x800" -> canvases (height x width). Raises argparse.ArgumentTypeError naming the part."""
     canvases = []
     for part in text.split(","):
         sides = part.strip().lower().split("x")

@@ -207,9 +207,7 @@ def _translate(
     attention_logits: ir.Value,
 ) -> ir.Value:
     """One node of the op for one call in PyTorch."""
-    node: ir.Value = _OPSET.MSDeformAttn(
-        value, spatial_shapes, reference_points, sampling_offsets, attention_logits
-    )
+    node: ir.Value = _OPSET.MSDeformAttn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     return node
 
 

@@ -12,7 +12,7 @@ MAX_DETECTIONS = 100
 class ServedGraph(nn.Module):
     """The network between its pre- and post-processing.
 
-    `raw` also returns the network's own outputs, which parity is measured on: the top K orders near-ties by the last bit.
+    It also returns the network's own outputs, on which parity is measured: a top K orders near-ties by their last bit.
     """
 
     def __init__(self, model: DeformableDetr, max_detections: int = MAX_DETECTIONS) -> None:

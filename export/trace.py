@@ -22,7 +22,7 @@ OUTPUTS = ("boxes", "scores", "labels")
 RAW_OUTPUTS = ("pred_logits", "pred_boxes")
 """Names of the network's own outputs inside the graph; not outputs of the published model."""
 
-_EXAMPLE_SIDE_PX = 256  # any size with enough pixels for the queries; height and width differ, or they become one symbol
+_EXAMPLE_SIDE_PX = 256  # any with enough pixels for the queries; the width differs, or both become one symbol
 _FOLD_LIMIT = 1 << 28  # elements: fold every constant expression, weights as well
 
 
@@ -87,10 +87,7 @@ def _example(served: ServedGraph) -> tuple[Tensor, Tensor]:
 def _name_outputs(model: ir.Model) -> None:
     """Take the raw outputs off the graph's list (their names stay), and name the dynamic axes."""
     del model.graph.outputs[len(OUTPUTS) :]
-    axes = {
-        "images": ("N", "H", "W", 3),
-        "sizes": ("N", 2),
-    }
+    axes = {"images": ("N", "H", "W", 3), "sizes": ("N", 2)}
     for value in model.graph.inputs:
         value.shape = ir.Shape(axes[str(value.name)])
     for value in model.graph.outputs:
@@ -106,10 +103,36 @@ def _tidy(model: ir.Model) -> None:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.DeduplicateInitializersPass(size_limit=_FOLD_LIMIT)(model)
     passes.RemoveUnusedNodesPass()(model)
-    passes.RemoveUnusedFunctionsPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.TopologicalSortPass()(model)
+    _sums_before_norms(model.graph)
+    _forget_origin(model)
+
+
+def _sums_before_norms(graph: ir.Graph) -> None:
+    """Spell the residual addition before a layer norm `Sum`.
+
+    ONNX Runtime 1.32 fuses Add and LayerNormalization into a slower kernel; Sum it leaves alone. Measured on a network
+    of 3+3 layers of 128 channels at 288x384: 112 ms of one core instead of 124.
+    """
+    for node in graph:
+        if node.op_type == "LayerNormalization" and (x := node.inputs[0]) is not None:
+            producer = x.producer()
+            if producer is not None and producer.op_type == "Add":
+                producer.op_type = "Sum"
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Drop stack traces, module paths and intermediate shapes: they name the machine, and change from run to run."""
     passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
+    graph = model.graph
+    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
+    for value in values:
+        value.metadata_props.clear()
+        if id(value) not in ends and not value.is_initializer():
+            value.type = value.shape = None
 
 
 def _check(proto: onnx.ModelProto, nodes: int) -> None:
