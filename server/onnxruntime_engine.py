@@ -24,12 +24,12 @@ _ERRORS_ONLY = 3
 
 
 class OnnxRuntimeEngine:
-    """One session. On the CPU with our op's library it runs the native kernel, else the function that the model carries."""
+    """One session. On the CPU it runs the native kernel, if built; else the function that the model carries."""
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         self.manifest: Manifest = bundle.manifest
         provider, options = _provider(settings.device)
-        # Its kernel is for the CPU: a GPU that handed every attention to the CPU would be slower than with the function.
+        # Its kernel is for the CPU: a GPU that hands every attention over to it is slower than with the function.
         library = plugins.onnxruntime_library() if provider == "CPUExecutionProvider" else None
         session_options = ort.SessionOptions()
         session_options.log_severity_level = _ERRORS_ONLY
