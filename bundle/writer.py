@@ -19,7 +19,7 @@ def write_bundle(output: Path | str, manifest: Manifest, files: Mapping[str, Pat
     A bundle already in `output` is replaced; any other content there is BundleOccupied. Returns the bundle as read
     back and validated.
     """
-    output = Path(output)
+    output = Path(output).resolve()  # where `output` is a link, to what it leads to
     if ONNX_FILE not in files:
         raise BundleMissing(f"a bundle needs {ONNX_FILE}; given were {', '.join(sorted(files)) or 'no files'}")
     for name in files:
@@ -53,8 +53,10 @@ def check_place(output: Path) -> None:
     if not output.is_dir():
         raise BundleOccupied(f"{output} is a file; a bundle is a folder")
     content = sorted(entry.name for entry in output.iterdir())
-    if content and MANIFEST_FILE not in content:
-        raise BundleOccupied(f"{output} holds {', '.join(content[:3])} and no {MANIFEST_FILE}: not a bundle to replace")
+    # Both: many a thing has a manifest.json.
+    missing = [name for name in (MANIFEST_FILE, ONNX_FILE) if name not in content]
+    if content and missing:
+        raise BundleOccupied(f"{output} holds {', '.join(content[:3])} and no {missing[0]}: not a bundle to replace")
 
 
 def _with_hashes(manifest: Manifest, folder: Path) -> Manifest:

@@ -79,6 +79,23 @@ def test_other_content_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
+def test_a_manifest_of_something_else_makes_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web application"}')
+    (tmp_path / "index.html").write_text("precious")
+    with pytest.raises(BundleOccupied, match="index.html"):
+        write_bundle(tmp_path, MANIFEST, {"model.onnx": b"graph"})
+    assert (tmp_path / "index.html").read_text() == "precious"
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "v1", MANIFEST, {"model.onnx": b"old"})
+    (tmp_path / "current").symlink_to("v1")
+    write_bundle(tmp_path / "current", MANIFEST, {"model.onnx": b"new"})
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "v1" / "model.onnx").read_bytes() == b"new"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["current", "v1"]
+
+
 def test_names_stay_inside_the_folder(tmp_path: Path) -> None:
     for name in ("../x", "a/b", "..", "", "manifest.json"):
         with pytest.raises(ValueError, match="plain file name|written from the manifest"):
