@@ -30,11 +30,14 @@ RTOL_LOSS = 1e-5
 RTOL_MOMENT = 1e-4  # of a tensor's largest; the sums of a gradient run in another order
 
 
+pytestmark = pytest.mark.timeout(300)  # four processes that import torch, on a machine that may be busy
+
+
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     """Run a module in two processes of one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +25,6 @@ from training.trainer import Processes, Trainer
 CPU = Processes(torch.device("cpu"))
 EVERYTHING = replace(FAST, ema_decay=0.9, quality_targets=True, denoising_groups=2, schedule="cosine", drop_at=0.5)
 AUGMENT = FixedAugment(height=48, width=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_trainer(
