@@ -39,6 +39,7 @@ def trace(model: DeformableDetr, max_detections: int = MAX_DETECTIONS) -> onnx.M
     optimizer.fold_constants(graph, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     _tidy(graph)
     proto = ir.to_proto(graph)
+    del proto.graph.value_info[:]  # every runtime infers them itself
     proto.functions.append(op.function())
     proto.producer_name, proto.producer_version = "ddetr", ""
     config = model.config
@@ -123,16 +124,13 @@ def _sums_before_norms(graph: ir.Graph) -> None:
 
 
 def _forget_origin(model: ir.Model) -> None:
-    """Drop stack traces, module paths and intermediate shapes: they name the machine, and change from run to run."""
+    """Drop stack traces and module paths: they name the machine that traced."""
     passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     graph = model.graph
-    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
     values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
     for value in values:
         value.metadata_props.clear()
-        if id(value) not in ends and not value.is_initializer():
-            value.type = value.shape = None
 
 
 def _check(proto: onnx.ModelProto, nodes: int) -> None:
