@@ -28,8 +28,8 @@ class Batch:
 class CocoDataset(Dataset[Sample]):
     """Augmented samples of a split; item (epoch, i) is the same whatever came before it.
 
-    `extra` draws pictures that are not in the split (of them `extra_share` of all samples). With `cache` the decoded
-    pictures stay in memory, a copy in each worker.
+    `extra` draws pictures that are not in the split, of them `extra_share` of all samples. `late` is an epoch (from 0)
+    and the augmentation from there on. With `cache` the decoded pictures stay in memory, a copy in each worker.
     """
 
     def __init__(
@@ -40,9 +40,10 @@ class CocoDataset(Dataset[Sample]):
         cache: bool = False,
         extra: Draw | None = None,
         extra_share: float = 0.0,
+        late: tuple[int, Augment] | None = None,
     ) -> None:
         self.split, self.augment, self.seed = split, augment, seed
-        self.extra, self.extra_share = extra, extra_share
+        self.extra, self.extra_share, self.late = extra, extra_share, late
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -51,7 +52,8 @@ class CocoDataset(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        return self.augment(self._drawn(rng) or self._read(index), rng, self._another)
+        augment = self.late[1] if self.late is not None and epoch >= self.late[0] else self.augment
+        return augment(self._drawn(rng) or self._read(index), rng, self._another)
 
     def _another(self, rng: np.random.Generator) -> Sample:
         return self._drawn(rng) or self._read(int(rng.integers(len(self))))

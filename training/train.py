@@ -34,6 +34,11 @@ def start_model(args: argparse.Namespace, data: CocoSplit) -> DeformableDetr:
             category_ids=data.category_ids,
             category_names=data.category_names,
         )
+        if args.freeze_stem and args.backbone_weights is None:
+            raise ValueError(
+                "training from nothing would freeze a random first stage: give --checkpoint or --backbone-weights, "
+                "or train all of it with --no-freeze-stem"
+            )
         model = build_model(config)
     else:
         model = with_categories(load_checkpoint(args.checkpoint, args.variant), data)
