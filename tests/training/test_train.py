@@ -153,7 +153,9 @@ def test_options_of_the_recipe_default_to_the_papers() -> None:
 
 
 def test_the_variants_are_offered(data: Path) -> None:
-    args = _parser().parse_args(["--data", str(data), "--output", "o", "--variant", "r50-two-stage"])
+    args = _parser().parse_args(
+        ["--data", str(data), "--output", "o", "--variant", "r50-two-stage", "--no-freeze-stem"]
+    )
     assert args.variant in VARIANTS
     with pytest.raises(SystemExit):
         _parser().parse_args(["--data", "d", "--output", "o", "--variant", "r51"])
@@ -234,3 +236,9 @@ def test_a_loss_that_is_no_number_is_one_line(
 ) -> None:
     argv = arguments(data, tmp_path / "run", "--checkpoint", str(checkpoint), "--lr", "1e30", "--clip-norm", "1e30")
     assert "lower the learning rate" in failure(argv, capsys)
+
+
+def test_a_random_stem_is_not_frozen_unasked(data: Path) -> None:
+    args = _parser().parse_args(["--data", str(data), "--output", "o", "--variant", "r50"])
+    with pytest.raises(ValueError, match="--no-freeze-stem"):
+        start_model(args, read_split(data, "train"))
