@@ -69,8 +69,9 @@ format: $(READY) ## mend what ruff can mend
 train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder (OUTPUT=..., BUNDLE=...)
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=path/to/bccd" >&2; exit 2; }
 	$(BIN)/python -m training.embedded --data "$(DATA)" --output "$(OUTPUT)"
+	$(BIN)/python -m training.card --run "$(OUTPUT)" --data "$(DATA)"
 	$(BIN)/python -m export.onnx_export --checkpoint "$(OUTPUT)/best.safetensors" --output "$(BUNDLE)" \
-		--name blood-cells --with-checkpoint
+		--name blood-cells --with-checkpoint --attach "$(OUTPUT)"/card/*
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) plugins/msda/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

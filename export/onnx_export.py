@@ -60,6 +60,7 @@ class Request:
     model_version: str = "1"
     canvases: tuple[Canvas, ...] = ()
     with_checkpoint: bool = False
+    attach: tuple[Path, ...] = ()  # files to put beside the model: a model card, its pictures
 
 
 def export(request: Request, say: Say = lambda _: None) -> Bundle:
@@ -68,6 +69,9 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
     Raises what the steps raise: FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError.
     """
     check_place(request.output)
+    for path in request.attach:
+        if not path.is_file():
+            raise ExportError(f"{path}, to be put beside the model, does not exist")
     step = _Steps(say)
     with step("load"):
         model = load_checkpoint(request.checkpoint, request.variant)
@@ -84,7 +88,8 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
         checkpoint = Path(folder) / CHECKPOINT_FILE
         save_checkpoint(model, checkpoint)
         manifest = _manifest(request, model, proto, canvases, parity, checkpoint_hash=sha256_of(checkpoint))
-        files: dict[str, Path | bytes] = {ONNX_FILE: content}
+        files: dict[str, Path | bytes] = {path.name: path for path in request.attach}
+        files[ONNX_FILE] = content
         if request.with_checkpoint:
             files[CHECKPOINT_FILE] = checkpoint
         written = write_bundle(request.output, manifest, files)
@@ -222,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-version", default="1", metavar="TEXT", help="the model's version (default %(default)s)")
     add("--canvases", type=parse_canvases, default=(), metavar="HxW,...",
         help="input sizes of the network, in pixels (default: those its resize rule needs)")  # fmt: skip
+    add("--attach", type=Path, nargs="+", default=[], metavar="FILE", help="put these beside the model: a model card")
     add("--with-checkpoint", action="store_true", help=f"put the weights into the bundle, too, as {CHECKPOINT_FILE}")
     return parser
 
@@ -230,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 1 after one line that says what went wrong."""
     parser = _parser()
     options = parser.parse_args(argv)
+    options.attach = tuple(options.attach)
     try:
         export(Request(**vars(options)), say=_print)
     except (FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError) as error:

@@ -248,3 +248,20 @@ def test_variants_are_recognised() -> None:
     assert [variant_of(small(name)) for name in VARIANTS] == [
         "custom-single-scale", "custom-single-scale-dc5", "custom-multi-scale", "custom-refine", "custom-two-stage",
     ]  # fmt: skip
+
+
+def test_a_card_goes_beside_the_model(
+    exported: Callable[[str], Exported],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    done = exported("r50-two-stage")
+    monkeypatch.setattr(onnx_export, "trace", lambda _: done.proto())
+    card, output = tmp_path / "README.md", tmp_path / "bundle"
+    argv = ["--checkpoint", str(done.checkpoint), "--output", str(output), "--canvases", "64x96", "--attach", str(card)]
+    assert main(argv) == 1
+    assert f"{card}, to be put beside the model, does not exist" in capsys.readouterr().err
+    card.write_text("# a card")
+    assert main(argv) == 0
+    assert (output / "README.md").read_text() == "# a card"
