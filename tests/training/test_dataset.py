@@ -45,6 +45,12 @@ def test_extra_pictures_come_in_their_share(data: Path) -> None:
     assert 0.23 < share < 0.37
 
 
+def test_late_epochs_have_an_augmentation_of_their_own(data: Path) -> None:
+    blank = Sample(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    dataset = CocoDataset(read_split(data, "train"), unchanged, late=(3, lambda *_: blank))
+    assert [dataset[epoch, 0].pixels.shape[0] == 8 for epoch in range(5)] == [False, False, False, True, True]
+
+
 def test_an_epoch_is_every_picture_once_shared_by_all_processes() -> None:
     alone = EpochSampler(11, seed=3)
     shares = [EpochSampler(11, 3, rank, 2) for rank in range(2)]
