@@ -157,6 +157,7 @@ def test_the_file_names_nothing_of_its_makers_machine(exported: Callable[[str], 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_bytes(exported: Callable[[str], Exported]) -> None:
     done = exported("r50-single-scale")
     assert trace(done.model).SerializeToString(deterministic=True) == done.bundle.onnx_path.read_bytes()
