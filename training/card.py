@@ -15,9 +15,10 @@ import torch
 
 from models import load_checkpoint
 from samples.coco import write_smears
+from training.augment import FixedAugment
 from training.average_precision import AveragePrecision
 from training.coco import DataError, read_split
-from training.embedded import AUGMENT, DRAWN_SHARE
+from training.embedded import AUGMENT, CALM, CALM_EPOCHS, DRAWN_SHARE
 from training.evaluate import evaluate
 
 SMEARS, SMEARS_SEED = 40, 800_000_000
@@ -64,10 +65,16 @@ def write_card(run: Path, data: Path) -> Path:
         seed=recipe["seed"],
         threads=f"{sum(float(row['seconds']) for row in _all_rows(run)) / 60:.0f} minutes of two CPU cores here",
         recipe="\n".join(f"| {key} | {value} |" for key, value in recipe.items() if key != "seed"),
-        augment=", ".join(f"{key} {value}" for key, value in asdict(AUGMENT).items()),
+        augment=_values(AUGMENT),
+        calm=_values(CALM),
+        calm_epochs=CALM_EPOCHS,
     )
     (card / "README.md").write_text(text)
     return card
+
+
+def _values(augment: FixedAugment) -> str:
+    return ", ".join(f"{key} {value}" for key, value in asdict(augment).items())
 
 
 def _all_rows(run: Path) -> list[dict[str, str]]:
