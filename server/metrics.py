@@ -7,6 +7,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from bundle import Manifest
 from server.batch_queue import LEAVE_REASONS, Batch
+from server.gpu import gpu_collector
 from server.timing import STAGES, StageTimes
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -61,6 +62,8 @@ class Metrics:
             ["name", "version", "variant", "precision", "engine"],
             registry=self._registry,
         )
+        if (gpus := gpu_collector()) is not None:
+            self._registry.register(gpus)
         # Children made here show as 0 from the start, so that rates and alerts have something to look at.
         self._stages = {stage: self._stage_latency.labels(stage) for stage in STAGES}
         for reason in LEAVE_REASONS:
