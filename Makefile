@@ -66,6 +66,9 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(KERNELS)
 
+# Large blocks go back to the system and come again at every step, page by page, unless glibc is told to keep them.
+train: export MALLOC_MMAP_THRESHOLD_ = 2000000000
+train: export MALLOC_TRIM_THRESHOLD_ = 4000000000
 train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder (OUTPUT=..., BUNDLE=...)
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=path/to/bccd" >&2; exit 2; }
 	$(BIN)/python -m training.embedded --data "$(DATA)" --output "$(OUTPUT)"

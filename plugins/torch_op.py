@@ -12,6 +12,7 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).parent / "msda" / "libmsda_cpu.so"
 MAX_LEVEL_POINTS = 256  # the kernel's stack arrays
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Params(ctypes.Structure):
@@ -40,10 +41,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> bool:
-    """Whether the kernel can take these inputs: it is built, they are float32 on the CPU, L*P fits its arrays."""
+    """Whether the kernel can take these inputs: it is built, they are on the CPU and not float64, L*P fits its arrays."""
     return (
         value.device.type == "cpu"
-        and value.dtype == reference_points.dtype == sampling_offsets.dtype == torch.float32
+        and all(t.dtype in FLOATS for t in (value, reference_points, sampling_offsets))
         and sampling_offsets.shape[3] * sampling_offsets.shape[4] <= MAX_LEVEL_POINTS
         and library() is not None
     )
@@ -52,15 +53,14 @@ def serves(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor) ->
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
 ) -> Tensor:
-    """The op through the native kernel, forward and backward; shapes as in the contract, already checked."""
-    output: Tensor = _Op.apply(  # type: ignore[no-untyped-call]
-        value.contiguous(),
-        spatial_shapes.contiguous(),
-        reference_points.contiguous(),
-        sampling_offsets.contiguous(),
-        attention_logits.contiguous(),
-    )
-    return output
+    """The op through the native kernel, forward and backward; shapes as in the contract, already checked.
+
+    The kernel computes in float32; narrower inputs are widened first, and the output is of value's type.
+    """
+    floats = (t.float().contiguous() for t in (value, reference_points, sampling_offsets, attention_logits))
+    wide, reference, offsets, logits = floats
+    output: Tensor = _Op.apply(wide, spatial_shapes.contiguous(), reference, offsets, logits)  # type: ignore[no-untyped-call]
+    return output.to(value.dtype)
 
 
 def _params(

@@ -23,7 +23,7 @@ class Recipe:
     ema_decay: float = 0.0  # 0: no averaging
     quality_targets: bool = False  # classify by the IoU (varifocal) instead of 1
     denoising_groups: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # "bf16" or "fp16": autocast, on a GPU
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # "bf16" or "fp16": autocast
     evaluate_every: int = 1  # epochs
     freeze_stem: bool = True  # the backbone's first convolution and first stage stay as they were loaded
     seed: int = 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -83,7 +83,7 @@ class Trainer:
             devices = [processes.device.index] if processes.device.type == "cuda" else None
             self.stepper = DistributedDataParallel(self.learner, device_ids=devices)
         self.average = (
-            AveragedModel(detector, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+            AveragedModel(detector, multi_avg_fn=partial(_move_average, decay=recipe.ema_decay), use_buffers=True)
             if recipe.ema_decay
             else None
         )
@@ -266,6 +266,15 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dictionary")
     return state
+
+
+def _move_average(averages: list[Tensor], current: list[Tensor], steps: Tensor, *, decay: float) -> None:
+    """averages = decay * averages + (1 - decay) * current, in place, with less decay in the first steps."""
+    count = int(steps)
+    if averages[0].is_floating_point():
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + count) / (10 + count)))
+    else:  # how many batches a batch norm has seen
+        torch._foreach_copy_(averages, current)
 
 
 def _plain(value: Any) -> Any:

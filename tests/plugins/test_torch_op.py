@@ -64,7 +64,20 @@ def test_the_network_uses_it_where_it_serves() -> None:
     assert torch_op.serves(inputs[0], inputs[2], inputs[3])
     torch.testing.assert_close(ms_deform_attn(*inputs), torch_op.ms_deform_attn(*inputs), atol=0, rtol=0)
     assert not torch_op.serves(inputs[0].double(), inputs[2], inputs[3])
-    assert not torch_op.serves(inputs[0].half(), inputs[2], inputs[3].half())
+
+
+@needs_library
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_narrow_inputs_are_widened_and_the_output_is_of_their_type(narrow: torch.dtype) -> None:
+    value, shapes, reference, offsets, logits = drawn()
+    value, offsets, logits = (t.to(narrow).requires_grad_() for t in (value, offsets, logits))
+    assert torch_op.serves(value, reference, offsets)
+    output = ms_deform_attn(value, shapes, reference, offsets, logits)
+    wide = ms_deform_attn(value.float(), shapes, reference, offsets.float(), logits.float())
+    assert output.dtype == narrow
+    assert torch.equal(output, wide.to(narrow))
+    output.sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == narrow for t in (value, offsets, logits))
 
 
 @needs_library

@@ -171,6 +171,17 @@ def test_the_average_is_what_is_evaluated_and_kept(data: Path, tmp_path: Path) -
     assert any(not torch.equal(kept[name], learned[name]) for name in kept)
 
 
+def test_the_average_forgets_the_start_sooner_than_its_decay_says(data: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(data, tmp_path, replace(EVERYTHING, epochs=6, ema_decay=0.9999), TWO_STAGE)
+    start = {name: value.clone() for name, value in trainer.detector.state_dict().items()}
+    trainer.run()
+    learned, average = trainer.learner.detector.state_dict(), trainer.detector.state_dict()
+    name = "class_embed.0.weight"
+    moved = (average[name] - start[name]).norm() / (learned[name] - start[name]).norm()
+    assert 0.1 < moved < 1.0  # 1 - 0.9999 ** steps would be 0.002 at most
+    assert all(torch.equal(learned[name], value) for name, value in average.items() if "num_batches" in name)
+
+
 def one_batch(data: Path) -> Batch:
     split = read_split(data, "train")
     dataset = CocoDataset(split, AUGMENT)
