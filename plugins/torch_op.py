@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def serves(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> bool:
-    """Whether the kernel can take these inputs: it is built, they are on the CPU and not float64, L*P fits its arrays."""
+    """Whether the kernel can take these inputs: it is built, on the CPU, nothing is float64, L*P fits its arrays."""
     return (
         value.device.type == "cpu"
         and all(t.dtype in FLOATS for t in (value, reference_points, sampling_offsets))
