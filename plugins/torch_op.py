@@ -20,7 +20,7 @@ class _Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "pixels", "heads", "channels", "queries", "levels", "points")),
-        ("reference_dim", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("reference_dim", "type")),
         *((name, ctypes.c_void_p) for name in ("spatial_shapes", "value", "reference_points")),
         *((name, ctypes.c_void_p) for name in ("sampling_offsets", "attention_logits")),
     ]
@@ -32,10 +32,10 @@ def library() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         return None
     loaded = ctypes.CDLL(str(LIBRARY))
-    if not hasattr(loaded, "msda_forward_rows_f32"):  # built from an older source: python -m plugins.build
+    if not hasattr(loaded, "msda_forward_rows"):  # built from an older source: python -m plugins.build
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    loaded.msda_forward_rows_f32.argtypes = [ctypes.POINTER(_Params), count, count, pointer]
+    loaded.msda_forward_rows.argtypes = [ctypes.POINTER(_Params), count, count, pointer]
     loaded.msda_backward_f32.argtypes = [ctypes.POINTER(_Params), count, count, pointer, pointer, pointer, pointer]
     return loaded
 
@@ -69,7 +69,7 @@ def _params(
     n, s, m, d = value.shape
     _, queries, _, levels, points, _ = sampling_offsets.shape
     inputs = (spatial_shapes, value, reference_points, sampling_offsets, attention_logits)
-    sizes = (n, s, m, d, queries, levels, points, reference_points.shape[-1])
+    sizes = (n, s, m, d, queries, levels, points, reference_points.shape[-1], 0)
     return _Params(*sizes, *(tensor.data_ptr() for tensor in inputs))
 
 
@@ -101,7 +101,7 @@ class _Op(torch.autograd.Function):
         loaded = library()
         assert loaded is not None  # serves() said so
         params = _params(*inputs)
-        _in_parallel(loaded.msda_forward_rows_f32, params.batch * params.queries, params, output)
+        _in_parallel(loaded.msda_forward_rows, params.batch * params.queries, params, output)
         return output
 
     @staticmethod

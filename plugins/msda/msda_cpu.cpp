@@ -64,19 +64,19 @@ MSDA_INLINE Point locate(const MsdaParams& p, const float* reference, const floa
 template <int64_t D>
 MSDA_INLINE void forward_row(const MsdaParams& p, int64_t row, float* output) {
   const int64_t channels = D ? D : p.channels, pixel = p.heads * channels, lp = p.levels * p.points;
-  const float* image = p.value + row / p.queries * p.pixels * pixel;
+  const float* image = static_cast<const float*>(p.value) + row / p.queries * p.pixels * pixel;
   const float* references = p.reference_points + row * p.levels * p.reference_dim;
   float weights[kMaxLevelPoints];
   for (int64_t m = 0; m < p.heads; ++m) {
     const int64_t head = row * p.heads + m;
     const float* value = image + m * channels;
-    const float* offset = p.sampling_offsets + head * lp * 2;
+    const float* offset = static_cast<const float*>(p.sampling_offsets) + head * lp * 2;
     float* out = output + head * channels;
     float sum[D ? D : 1];
     if (D) memset(sum, 0, sizeof(sum));
     else memset(out, 0, channels * sizeof(float));
     float* acc = D ? sum : out;
-    softmax(p.attention_logits + head * lp, lp, weights);
+    softmax(static_cast<const float*>(p.attention_logits) + head * lp, lp, weights);
     int64_t start = 0, index = 0;
     for (int64_t l = 0; l < p.levels; ++l) {
       const int64_t h = p.spatial_shapes[2 * l], w = p.spatial_shapes[2 * l + 1];
@@ -110,15 +110,15 @@ MSDA_INLINE void backward_unit(const MsdaParams& p, int64_t n, int64_t m, const 
                                float* grad_locations, float* grad_logits) {
   const int64_t channels = D ? D : p.channels, pixel = p.heads * channels, lp = p.levels * p.points;
   const int64_t head = n * p.pixels * pixel + m * channels;
-  const float* value = p.value + head;
+  const float* value = static_cast<const float*>(p.value) + head;
   float* value_grad = grad_value + head;
   float weights[kMaxLevelPoints], weight_grad[kMaxLevelPoints];
   for (int64_t q = 0; q < p.queries; ++q) {
     const int64_t row = (n * p.queries + q) * p.heads + m;
-    const float* offset = p.sampling_offsets + row * lp * 2;
+    const float* offset = static_cast<const float*>(p.sampling_offsets) + row * lp * 2;
     const float* g = grad_output + row * channels;
     float* location_grad = grad_locations + row * lp * 2;
-    softmax(p.attention_logits + row * lp, lp, weights);
+    softmax(static_cast<const float*>(p.attention_logits) + row * lp, lp, weights);
     int64_t start = 0, index = 0;
     float mean = 0;  // the weights' mean gradient, which softmax takes away
     for (int64_t l = 0; l < p.levels; ++l) {
@@ -153,14 +153,15 @@ MSDA_INLINE void backward_unit(const MsdaParams& p, int64_t n, int64_t m, const 
 }
 
 bool servable(const MsdaParams& p) {
-  return p.levels * p.points > 0 && p.levels * p.points <= kMaxLevelPoints &&
+  return p.type == MSDA_FLOAT32 && p.levels * p.points > 0 && p.levels * p.points <= kMaxLevelPoints &&
          (p.reference_dim == 2 || p.reference_dim == 4);
 }
 
 }  // namespace
 
-extern "C" MSDA_CLONES int msda_forward_rows_f32(const MsdaParams* params, int64_t begin, int64_t end, float* output) {
+extern "C" MSDA_CLONES int msda_forward_rows(const MsdaParams* params, int64_t begin, int64_t end, void* rows) {
   if (!servable(*params)) return -1;
+  float* output = static_cast<float*>(rows);
   for (int64_t row = begin; row < end; ++row) {
     switch (params->channels) {
       case 16: forward_row<16>(*params, row, output); break;

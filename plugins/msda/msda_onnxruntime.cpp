@@ -131,11 +131,12 @@ ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* conte
   p.levels = in[kSpatialShapes].sizes[0];
   p.points = in[kSamplingOffsets].sizes[4];
   p.reference_dim = in[kReferencePoints].sizes[3] == 2 ? 2 : 4;
-  p.value = static_cast<const float*>(in[kValue].data);
+  p.type = MSDA_FLOAT32;
+  p.value = in[kValue].data;
   p.spatial_shapes = static_cast<const int64_t*>(in[kSpatialShapes].data);
   p.reference_points = static_cast<const float*>(in[kReferencePoints].data);
-  p.sampling_offsets = static_cast<const float*>(in[kSamplingOffsets].data);
-  p.attention_logits = static_cast<const float*>(in[kAttentionLogits].data);
+  p.sampling_offsets = in[kSamplingOffsets].data;
+  p.attention_logits = in[kAttentionLogits].data;
 
   if (p.levels < 1 || p.points < 1 || p.levels > MSDA_MAX_LEVEL_POINTS || p.points > MSDA_MAX_LEVEL_POINTS / p.levels)
     return invalid(runtime, "L=%lld levels of P=%lld points; L*P must be 1 to %d", static_cast<long long>(p.levels),
@@ -156,7 +157,7 @@ ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* conte
 
 struct Work {
   MsdaParams params;
-  float* output;
+  void* output;
   int64_t rows, rows_per_block;
 };
 
@@ -164,7 +165,7 @@ void do_block(void* data, size_t index) {
   const Work& work = *static_cast<const Work*>(data);
   const int64_t begin = static_cast<int64_t>(index) * work.rows_per_block, end = begin + work.rows_per_block;
   // read_params has refused what the kernel would.
-  msda_forward_rows_f32(&work.params, begin, end < work.rows ? end : work.rows, work.output);
+  msda_forward_rows(&work.params, begin, end < work.rows ? end : work.rows, work.output);
 }
 
 ort::Status* compute(void* kernel, ort::KernelContext* context) {
@@ -180,7 +181,7 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
   if (work.rows == 0 || p.heads * p.channels == 0) return nullptr;
   void* output = nullptr;
   if (ort::Status* failed = runtime.get_data(value, &output)) return failed;
-  work.output = static_cast<float*>(output);
+  work.output = output;
 
   const int64_t samples_per_row = p.heads * p.levels * p.points;
   work.rows_per_block = samples_per_row < kSamplesPerBlock ? kSamplesPerBlock / samples_per_row : 1;
