@@ -9,6 +9,8 @@ from torch import Tensor
 
 from plugins import torch_op
 
+OUTSIDE = 3.0  # of a level that spans -1..1, however small its pixels are
+
 
 def sampling_locations(spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor) -> Tensor:
     """Where each point samples, in 0..1 of its level (x, y): [N, Lq, M, L, P, 2], always float32 or wider.
@@ -35,8 +37,8 @@ def reference_ms_deform_attn(
 
     value [N, S, M, D]; spatial_shapes [L, 2] int64 (h, w); reference_points [N, Lq, L, R], R 2 (x, y) or
     4 (cx, cy, w, h) in 0..1 with valid ratios applied; sampling_offsets [N, Lq, M, L, P, 2];
-    attention_logits [N, Lq, M, L*P]. Returns [N, Lq, M*D] of value's type. Zeros outside a level,
-    align_corners=False. Raises ValueError where shapes disagree.
+    attention_logits [N, Lq, M, L*P]. Returns [N, Lq, M*D] of value's type. Zeros outside a level, where also a
+    location is that is not a number; align_corners=False. Raises ValueError where shapes disagree.
     """
     check_shapes(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
     batch, _, heads, channels = value.shape
@@ -50,6 +52,7 @@ def reference_ms_deform_attn(
     for level, (h, w) in enumerate(shapes):
         plane = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # [N*M, Lq, P, 2]
+        grid = grid.nan_to_num(OUTSIDE, OUTSIDE, OUTSIDE)
         samples.append(F.grid_sample(plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     stacked = torch.stack(samples, dim=-2).flatten(-2)  # [N*M, D, Lq, L*P]
     weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, levels * points)
