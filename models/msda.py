@@ -3,6 +3,8 @@
 Axes: N batch, S = sum of h_l*w_l, M heads, D channels of a head, Lq queries, L levels, P points of a level.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,6 +79,8 @@ def check_shapes(
     if sampling_offsets.dim() != 6:
         raise ValueError(f"sampling_offsets must be [N, Lq, M, L, P, 2], got {list(sampling_offsets.shape)}")
     queries, points = sampling_offsets.shape[1], sampling_offsets.shape[4]
+    if levels < 1 or points < 1:
+        raise ValueError(f"L={levels} levels of P={points} points: there must be at least one of each")
     if tuple(sampling_offsets.shape) != (batch, queries, heads, levels, points, 2):
         wanted = [batch, queries, heads, levels, points, 2]
         raise ValueError(f"sampling_offsets must be {wanted}, got {list(sampling_offsets.shape)}")
@@ -86,23 +90,33 @@ def check_shapes(
     if tuple(reference_points.shape[:-1]) != (batch, queries, levels) or reference_points.shape[-1] not in (2, 4):
         wanted_sides = f"[{batch}, {queries}, {levels}, 2 or 4]"
         raise ValueError(f"reference_points must be {wanted_sides}, got {list(reference_points.shape)}")
-    total = int(spatial_shapes.prod(-1).sum())
-    if total != pixels:
-        raise ValueError(f"spatial_shapes {spatial_shapes.tolist()} cover {total} pixels, value has {pixels}")
+    total = 0
+    for level, (h, w) in enumerate(spatial_shapes.tolist()):
+        if h < 1 or w < 1:
+            raise ValueError(f"level {level} of spatial_shapes is {[h, w]}, sides must be positive")
+        total += h * w
+        if total > pixels:
+            raise ValueError(f"level {level} of spatial_shapes, {[h, w]}, reaches beyond the {pixels} pixels of value")
+    if total < pixels:
+        raise ValueError(f"spatial_shapes cover {total} pixels, value has {pixels}")
 
 
 @torch.library.custom_op("msda::ms_deform_attn", mutates_args=())
-def _op(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor
 ) -> Tensor:
-    return reference_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    """The op as the network calls it: the native kernel where it serves, else PyTorch. Arguments as the reference's.
+
+    It is one opaque node in an exported graph. On a GPU its gradient is the reference's, computed anew from the inputs.
+    """
+    inputs = (value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    check_shapes(*inputs)
+    if torch_op.serves(inputs):
+        return torch_op.forward(inputs)
+    return reference_ms_deform_attn(*inputs)
 
 
-@_op.register_fake
+@ms_deform_attn.register_fake
 def _(
     value: Tensor,
     spatial_shapes: Tensor,  # noqa: ARG001 - the op's signature
@@ -114,23 +128,52 @@ def _(
     return value.new_empty((batch, sampling_offsets.shape[1], heads * channels))
 
 
-def ms_deform_attn(
+@torch.library.custom_op("msda::ms_deform_attn_backward", mutates_args=())
+def _gradients(
+    grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor,
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
-) -> Tensor:
-    """The op as the network calls it: the native kernel where it serves, else PyTorch.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of value, reference_points, sampling_offsets and attention_logits, by the native kernel."""
+    inputs = (value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+    return torch_op.backward(grad_output, inputs)
 
-    One opaque node in an exported graph, and on the meta device, where there are shapes and no values.
-    """
-    if torch.compiler.is_exporting() or value.device.type == "meta":
-        output: Tensor = torch.ops.msda.ms_deform_attn(
-            value, spatial_shapes, reference_points, sampling_offsets, attention_logits
-        )
-        return output
-    if torch_op.serves(value, reference_points, sampling_offsets):
-        check_shapes(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-        return torch_op.ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
-    return reference_ms_deform_attn(value, spatial_shapes, reference_points, sampling_offsets, attention_logits)
+
+@_gradients.register_fake
+def _(
+    grad_output: Tensor,  # noqa: ARG001 - the op's signature
+    value: Tensor,
+    spatial_shapes: Tensor,  # noqa: ARG001
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth = (
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for tensor in (value, reference_points, sampling_offsets, attention_logits)
+    )
+    return first, second, third, fourth
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - as PyTorch calls it
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    if torch_op.serves(inputs):
+        grad_value, *rest = torch.ops.msda.ms_deform_attn_backward(grad_output, *inputs)
+        return (grad_value, None, *rest)
+    needed = [i for i, wanted in enumerate(ctx.needs_input_grad) if wanted]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_(i in needed) for i, tensor in enumerate(inputs)]
+        output = reference_ms_deform_attn(*leaves)
+        found = torch.autograd.grad(output, [leaves[i] for i in needed], grad_output)
+    gradients = dict(zip(needed, found, strict=True))
+    return tuple(gradients.get(i) for i in range(len(inputs)))
+
+
+ms_deform_attn.register_autograd(_backward, setup_context=_keep)

@@ -1,10 +1,15 @@
-// The CPU kernel: one pass per query and head over its L*P points, forward and backward, in float.
+// The CPU kernel: one pass per query and head over its L*P points, forward and backward, computed in float.
 #include "msda.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__x86_64__) && !defined(__clang__)
 #define MSDA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MSDA_CLONES
@@ -13,7 +18,117 @@
 
 namespace {
 
+// --- half precision, one number at a time ---
+
+struct Half {
+  uint16_t bits;
+};
+
+MSDA_INLINE float as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+MSDA_INLINE uint32_t as_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+[[maybe_unused]] MSDA_INLINE float to_float(Half half) {
+  const uint32_t sign = (half.bits & 0x8000u) << 16, rest = half.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return as_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinite, or not a number
+  if (rest >= 0x0400u) return as_float(sign | ((rest << 13) + 0x38000000u));
+  return as_float(sign | as_bits(static_cast<float>(rest) * 5.9604644775390625e-8f));  // 2^-24 apart
+}
+
+[[maybe_unused]] MSDA_INLINE Half to_half(float x) {  // to the nearest, ties to even
+  const uint32_t sign = as_bits(x) >> 16 & 0x8000u, rest = as_bits(x) & 0x7fffffffu;
+  uint32_t bits;
+  if (rest > 0x7f800000u) bits = 0x7e00u;
+  else if (rest >= 0x47800000u) bits = 0x7c00u;
+  else if (rest >= 0x38800000u) bits = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1)) >> 13;
+  else bits = as_bits(as_float(rest) + 0.5f) - as_bits(0.5f);  // 0.5's last bit is 2^-24
+  return {static_cast<uint16_t>(sign | bits)};
+}
+
+// --- forward, once for each instruction set ---
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define MSDA_AVX512
+namespace avx512 {
+#include "msda_cpu_rows.inc"
+}
+#undef MSDA_AVX512
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define MSDA_AVX2
+namespace avx2 {
+#include "msda_cpu_rows.inc"
+}
+#undef MSDA_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+namespace portable {
+#include "msda_cpu_rows.inc"
+}
+
+using Forward = void (*)(const MsdaParams& params, int64_t begin, int64_t end, void* output);
+
+struct Path {
+  const char* name;
+  bool (*runs_here)();
+  Forward forward;
+};
+
+constexpr Path kPaths[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::forward_rows},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::forward_rows},
+#endif
+    {"portable", [] { return true; }, portable::forward_rows},
+};
+
+std::atomic<Forward>& chosen() {
+  static std::atomic<Forward> forward{[] {
+    for (const Path& path : kPaths)
+      if (path.runs_here()) return path.forward;
+    return portable::forward_rows;
+  }()};
+  return forward;
+}
+
+// --- backward ---
+
 constexpr int64_t kMaxLevelPoints = MSDA_MAX_LEVEL_POINTS;
+constexpr int64_t kBlockSamples = 8192;  // of a piece of work, some 50 us
+constexpr int64_t kShares = 32;          // at least so many pieces, that threads end together
 
 // A sampled point: its four corners as offsets into one head's value (-1: outside the level), and its place between.
 struct Point {
@@ -57,52 +172,6 @@ MSDA_INLINE Point locate(const MsdaParams& p, const float* reference, const floa
   point.corner[2] = bottom && left ? base + w : -1;
   point.corner[3] = bottom && right ? base + w + 1 : -1;
   return point;
-}
-
-// One query of one image, all its heads. D is the number of channels when it is known at compile time, 0 when it is
-// not.
-template <int64_t D>
-MSDA_INLINE void forward_row(const MsdaParams& p, int64_t row, float* output) {
-  const int64_t channels = D ? D : p.channels, pixel = p.heads * channels, lp = p.levels * p.points;
-  const float* image = static_cast<const float*>(p.value) + row / p.queries * p.pixels * pixel;
-  const float* references = p.reference_points + row * p.levels * p.reference_dim;
-  float weights[kMaxLevelPoints];
-  for (int64_t m = 0; m < p.heads; ++m) {
-    const int64_t head = row * p.heads + m;
-    const float* value = image + m * channels;
-    const float* offset = static_cast<const float*>(p.sampling_offsets) + head * lp * 2;
-    float* out = output + head * channels;
-    float sum[D ? D : 1];
-    if (D) memset(sum, 0, sizeof(sum));
-    else memset(out, 0, channels * sizeof(float));
-    float* acc = D ? sum : out;
-    softmax(static_cast<const float*>(p.attention_logits) + head * lp, lp, weights);
-    int64_t start = 0, index = 0;
-    for (int64_t l = 0; l < p.levels; ++l) {
-      const int64_t h = p.spatial_shapes[2 * l], w = p.spatial_shapes[2 * l + 1];
-      const float* reference = references + l * p.reference_dim;
-      for (int64_t k = 0; k < p.points; ++k, ++index) {
-        const Point point = locate(p, reference, offset + 2 * index, h, w, start);
-        const float a = weights[index], fx = point.fx, fy = point.fy;
-        const float bilinear[4] = {(1 - fx) * (1 - fy) * a, fx * (1 - fy) * a, (1 - fx) * fy * a, fx * fy * a};
-        const int64_t* corner = point.corner;
-        if ((corner[0] | corner[3]) >= 0) {  // all four inside: nearly always, and one pass over the sum
-          const float *v0 = value + corner[0] * pixel, *v1 = v0 + pixel, *v2 = value + corner[2] * pixel,
-                      *v3 = v2 + pixel;
-          for (int64_t d = 0; d < channels; ++d)
-            acc[d] += bilinear[0] * v0[d] + bilinear[1] * v1[d] + bilinear[2] * v2[d] + bilinear[3] * v3[d];
-          continue;
-        }
-        for (int c = 0; c < 4; ++c) {
-          if (point.corner[c] < 0) continue;
-          const float* v = value + point.corner[c] * pixel;
-          for (int64_t d = 0; d < channels; ++d) acc[d] += bilinear[c] * v[d];
-        }
-      }
-      start += h * w;
-    }
-    if (D) memcpy(out, sum, sizeof(sum));
-  }
 }
 
 template <int64_t D>
@@ -153,29 +222,48 @@ MSDA_INLINE void backward_unit(const MsdaParams& p, int64_t n, int64_t m, const 
 }
 
 bool servable(const MsdaParams& p) {
-  return p.type == MSDA_FLOAT32 && p.levels * p.points > 0 && p.levels * p.points <= kMaxLevelPoints &&
+  return p.levels * p.points > 0 && p.levels * p.points <= kMaxLevelPoints &&
          (p.reference_dim == 2 || p.reference_dim == 4);
 }
 
 }  // namespace
 
-extern "C" MSDA_CLONES int msda_forward_rows(const MsdaParams* params, int64_t begin, int64_t end, void* rows) {
-  if (!servable(*params)) return -1;
-  float* output = static_cast<float*>(rows);
-  for (int64_t row = begin; row < end; ++row) {
-    switch (params->channels) {
-      case 16: forward_row<16>(*params, row, output); break;
-      case 32: forward_row<32>(*params, row, output); break;
-      default: forward_row<0>(*params, row, output);
-    }
-  }
+extern "C" int64_t msda_rows_per_block(const MsdaParams* params) {
+  const int64_t rows = params->batch * params->queries, samples = params->heads * params->levels * params->points;
+  const int64_t most = samples > 0 ? kBlockSamples / samples : 1;
+  const int64_t share = rows / kShares;
+  const int64_t block = share < most ? share : most;
+  return block > 1 ? block : 1;
+}
+
+extern "C" int msda_forward_rows(const MsdaParams* params, int64_t begin, int64_t end, void* output) {
+  const MsdaParams& p = *params;
+  if ((p.type != MSDA_FLOAT32 && p.type != MSDA_FLOAT16) || p.pixels > INT32_MAX || !servable(p)) return -1;
+  const Forward forward = chosen().load(std::memory_order_relaxed);
+  forward(p, begin, end, output);
   return 0;
+}
+
+extern "C" const char* msda_cpu_path(void) {
+  const Forward forward = chosen().load(std::memory_order_relaxed);
+  for (const Path& path : kPaths)
+    if (path.forward == forward) return path.name;
+  return "";
+}
+
+extern "C" int msda_set_cpu_path(const char* name) {
+  for (const Path& path : kPaths) {
+    if (strcmp(path.name, name) != 0 || !path.runs_here()) continue;
+    chosen().store(path.forward, std::memory_order_relaxed);
+    return 0;
+  }
+  return -1;
 }
 
 extern "C" MSDA_CLONES int msda_backward_f32(const MsdaParams* params, int64_t begin, int64_t end,
                                              const float* grad_output, float* grad_value, float* grad_locations,
                                              float* grad_logits) {
-  if (!servable(*params)) return -1;
+  if (params->type != MSDA_FLOAT32 || !servable(*params)) return -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = unit / params->heads, m = unit % params->heads;
     switch (params->channels) {
@@ -185,4 +273,60 @@ extern "C" MSDA_CLONES int msda_backward_f32(const MsdaParams* params, int64_t b
     }
   }
   return 0;
+}
+
+namespace {
+
+// Threads take blocks of units until none is left.
+struct Job {
+  int64_t units, block;
+  int (*run)(const Job& job, int64_t begin, int64_t end);
+  const MsdaParams* params;
+  void* output;
+  const float* grad_output;
+  float *grad_value, *grad_locations, *grad_logits;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> status{0};
+};
+
+void work(void* data) {
+  Job& job = *static_cast<Job*>(data);
+  for (int64_t begin; (begin = job.next.fetch_add(job.block, std::memory_order_relaxed)) < job.units;) {
+    const int64_t end = begin + job.block < job.units ? begin + job.block : job.units;
+    if (const int failed = job.run(job, begin, end)) job.status.store(failed, std::memory_order_relaxed);
+  }
+}
+
+int run(Job& job, MsdaParallel parallel, unsigned threads) {
+  if (parallel == nullptr || threads < 2 || job.units <= job.block) work(&job);
+  else parallel(work, &job, threads, 0);
+  return job.status.load();
+}
+
+}  // namespace
+
+extern "C" int msda_forward_cpu(const MsdaParams* params, void* output, MsdaParallel parallel, unsigned threads) {
+  Job job;
+  job.units = params->batch * params->queries;
+  job.block = msda_rows_per_block(params);
+  job.params = params;
+  job.output = output;
+  job.run = [](const Job& j, int64_t begin, int64_t end) { return msda_forward_rows(j.params, begin, end, j.output); };
+  return run(job, parallel, threads);
+}
+
+extern "C" int msda_backward_cpu(const MsdaParams* params, const float* grad_output, float* grad_value,
+                                 float* grad_locations, float* grad_logits, MsdaParallel parallel, unsigned threads) {
+  Job job;
+  job.units = params->batch * params->heads;
+  job.block = 1;
+  job.params = params;
+  job.grad_output = grad_output;
+  job.grad_value = grad_value;
+  job.grad_locations = grad_locations;
+  job.grad_logits = grad_logits;
+  job.run = [](const Job& j, int64_t begin, int64_t end) {
+    return msda_backward_f32(j.params, begin, end, j.grad_output, j.grad_value, j.grad_locations, j.grad_logits);
+  };
+  return run(job, parallel, threads);
 }

@@ -202,5 +202,5 @@ def test_a_wrong_shape_is_named(place: int, shape: tuple[int, ...], message: str
 
 def test_levels_that_do_not_cover_the_value_are_an_error() -> None:
     value, _, *rest = drawn([(3, 4)], 2)
-    with pytest.raises(ValueError, match=r"\[\[3, 5\]\] cover 15 pixels, value has 12"):
+    with pytest.raises(ValueError, match=r"level 0 of spatial_shapes, \[3, 5\], reaches beyond the 12 pixels of value"):
         reference_ms_deform_attn(value, torch.tensor([[3, 5]]), *rest)
