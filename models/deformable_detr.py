@@ -1,15 +1,16 @@
 """Deformable DETR, whole: backbone, pyramid, encoder, (proposals,) decoder, heads. Source: arXiv 2010.04159."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import ResNet
 from models.config import DeformableDetrConfig
-from models.position import sine_box, sine_position
+from models.geometry import Geometry, mask_geometry
+from models.position import sine_box
 from models.transformer import Decoder, Encoder
 
 PRIOR_PROBABILITY = 0.01  # focal loss starts from rare objects
@@ -86,6 +87,8 @@ class DeformableDetr(nn.Module):
         c = config.hidden_dim
         self.backbone = ResNet(config)
         self.input_proj = self._input_projections()
+        # Another function may be put here that does less for the masks it is sure to get.
+        self.geometry: Callable[[Tensor, list[Tensor], Tensor], Geometry] = mask_geometry
         self.transformer = Transformer(config)
         if not config.two_stage:
             self.query_embed = nn.Embedding(config.num_queries, 2 * c)
@@ -130,24 +133,16 @@ class DeformableDetr(nn.Module):
             n, _, h, w = pixel_values.shape
             pixel_mask = torch.ones((n, h, w), dtype=torch.bool, device=pixel_values.device)
         maps = self._pyramid(pixel_values)
-        masks = [F.interpolate(pixel_mask[:, None].float(), size=m.shape[-2:])[:, 0] > 0.5 for m in maps]
-        spatial_shapes = _shapes_tensor(maps)  # [L, 2]
-        valid_ratios = torch.stack([_valid_ratio(mask) for mask in masks], dim=1)  # [N, L, 2] (w, h)
-        positions = [
-            sine_position(mask, self.config.hidden_dim).flatten(1, 2) + self.transformer.level_embed[level]
-            for level, mask in enumerate(masks)
-        ]
-        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # [N, S, C]
-        mask = torch.cat([m.flatten(1) for m in masks], dim=1)  # [N, S]
-        position = torch.cat(positions, dim=1)  # [N, S, C]
-        centres = torch.cat([_pixel_centres(m) for m in masks], dim=1)  # [N, S, 2]
-        memory = self.transformer.encoder(
-            x, position, centres[:, :, None] * valid_ratios[:, None], spatial_shapes, mask
-        )
+        geometry = self.geometry(pixel_mask, maps, self.transformer.level_embed)
+        spatial_shapes, valid_ratios, mask = geometry.spatial_shapes, geometry.valid_ratios, geometry.mask
+        # Channels last, level by level: a runtime then reorders each map once, where its convolution writes it.
+        x = torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], dim=1)  # [N, S, C]
+        reference_points = geometry.centres[:, :, None] * valid_ratios[:, None]  # [N, S, L, 2]
+        memory = self.transformer.encoder(x, geometry.position, reference_points, spatial_shapes, mask)
 
         outputs: dict[str, object] = {}
         if self.config.two_stage:
-            content, query_position, reference = self._proposals(memory, centres, masks, mask, outputs)
+            content, query_position, reference = self._proposals(memory, geometry, outputs)
         else:
             query_position, content = self.query_embed.weight.chunk(2, dim=-1)
             n = memory.shape[0]
@@ -214,15 +209,15 @@ class DeformableDetr(nn.Module):
         return torch.cat([delta[..., :2] + logits, delta[..., 2:]], dim=-1).sigmoid()
 
     def _proposals(
-        self, memory: Tensor, centres: Tensor, masks: list[Tensor], mask: Tensor, outputs: dict[str, object]
+        self, memory: Tensor, geometry: Geometry, outputs: dict[str, object]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Two-stage: the best-scored pixels of the memory become the queries and their first boxes."""
         sides = torch.cat(
-            [torch.full_like(m.flatten(1), PROPOSAL_SIZE * 2.0**i, dtype=torch.float32) for i, m in enumerate(masks)],
+            [torch.full_like(m, PROPOSAL_SIZE * 2.0**i, dtype=torch.float32) for i, m in enumerate(geometry.masks)],
             dim=1,
         )
-        proposals = torch.cat([centres, sides[..., None], sides[..., None]], dim=-1)  # [N, S, 4]
-        inside = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & mask  # [N, S]
+        proposals = torch.cat([geometry.centres, sides[..., None], sides[..., None]], dim=-1)  # [N, S, 4]
+        inside = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & geometry.mask  # [N, S]
         logits = torch.log(proposals / (1 - proposals))
         logits = logits.masked_fill(~inside[..., None], float("inf"))
 
@@ -247,32 +242,3 @@ class DeformableDetr(nn.Module):
 def build_model(config: DeformableDetrConfig) -> DeformableDetr:
     """A network with fresh weights, initialised as the official code does."""
     return DeformableDetr(config)
-
-
-def _shapes_tensor(maps: list[Tensor]) -> Tensor:
-    """[L, 2] int64 (h, w); scalars are stacked so that a traced graph keeps them dynamic."""
-    device = maps[0].device
-    sides = [torch.scalar_tensor(side, dtype=torch.int64, device=device) for m in maps for side in m.shape[-2:]]
-    return torch.stack(sides).view(-1, 2)
-
-
-def _valid_ratio(mask: Tensor) -> Tensor:
-    """The filled share of a level's width and height: [N, h, w] bool -> [N, 2] (w, h)."""
-    filled = mask.float()
-    return torch.stack([filled[:, 0, :].mean(-1), filled[:, :, 0].mean(-1)], dim=-1)
-
-
-def _pixel_centres(mask: Tensor) -> Tensor:
-    """Each pixel's centre in 0..1 of the unpadded image: mask [N, h, w] -> [N, h*w, 2] (x, y).
-
-    Divided by the count of filled pixels, to the last bit as the official code does it for proposals: whether the first
-    of 50 rows (0.5 / 50) lies beyond the border of 0.01 hangs on that bit.
-    """
-    n, h, w = mask.shape
-    filled = mask.float()
-    y = torch.arange(h, dtype=torch.float32, device=mask.device) + 0.5
-    x = torch.arange(w, dtype=torch.float32, device=mask.device) + 0.5
-    y = y[None] / filled[:, :, 0].sum(-1, keepdim=True)  # [N, h]
-    x = x[None] / filled[:, 0, :].sum(-1, keepdim=True)  # [N, w]
-    grid = torch.stack([x[:, None, :].expand(n, h, w), y[:, :, None].expand(n, h, w)], dim=-1)
-    return grid.flatten(1, 2)

@@ -19,19 +19,25 @@ def _interleave(phase: Tensor) -> Tensor:
     return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
+def sine_axis(filled: Tensor, dim: int, channels: int) -> Tensor:
+    """Encode where each pixel lies along one axis of the filled part of its image.
+
+    filled [N, ...], 1 = image; `dim` is the axis -> [N, ..., channels]. Positions run over 0..2 pi.
+    """
+    count = filled.cumsum(dim)
+    total = count.narrow(dim, filled.shape[dim] - 1, 1)
+    along = (count - 0.5) / (total + _EPS) * (2 * math.pi)
+    return _interleave(along[..., None] / _frequencies(channels, filled.device))
+
+
 def sine_position(mask: Tensor, hidden_dim: int) -> Tensor:
     """Encode each pixel's centre within the filled part of its image.
 
     mask [N, H, W] bool, True = image -> [N, H, W, hidden_dim]: y in the first half of the channels, x in the second.
-    Positions run over 0..2 pi. Source: Deformable-DETR's PositionEmbeddingSine, with its half-pixel shift.
+    Source: Deformable-DETR's PositionEmbeddingSine, with its half-pixel shift.
     """
     filled = mask.to(torch.float32)
-    y = filled.cumsum(1)
-    x = filled.cumsum(2)
-    y = (y - 0.5) / (y[:, -1:, :] + _EPS) * (2 * math.pi)
-    x = (x - 0.5) / (x[:, :, -1:] + _EPS) * (2 * math.pi)
-    frequencies = _frequencies(hidden_dim // 2, mask.device)
-    return torch.cat([_interleave(axis[..., None] / frequencies) for axis in (y, x)], dim=-1)
+    return torch.cat([sine_axis(filled, dim, hidden_dim // 2) for dim in (1, 2)], dim=-1)
 
 
 def sine_box(boxes: Tensor, hidden_dim: int) -> Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models import DeformableDetrConfig, build_model
-from models.deformable_detr import ExtraQueries, _pixel_centres
+from models.deformable_detr import ExtraQueries
+from models.geometry import pixel_centres
 from models.position import sine_position
 from tests.models.seeded import seed_weights, seeded_batch
 from tests.models.test_checkpoint import TINY, seeded
@@ -17,9 +18,8 @@ from tests.models.test_checkpoint import TINY, seeded
 @pytest.mark.parametrize(("filled", "side"), [(50, 50), (50, 63), (50, 84), (17, 84), (100, 168)])
 def test_centres_are_the_official_codes_to_the_bit(filled: int, side: int) -> None:
     """0.5 / 50 is float32's 0.01, the border of valid proposals: a rounding more would move a whole row across it."""
-    mask = torch.zeros(1, side, side, dtype=torch.bool)
-    mask[:, :filled, :filled] = True
-    centres = _pixel_centres(mask).view(side, side, 2)
+    axis = (torch.arange(side) < filled).float()[None]
+    centres = pixel_centres(axis, axis).view(side, side, 2)
     wanted = (torch.arange(side) + 0.5) / filled
     assert torch.equal(centres[0, :, 0], wanted)
     assert torch.equal(centres[:, 0, 1], wanted)
