@@ -1,0 +1,68 @@
+"""The precision a network computes in, set in PyTorch before the trace: TensorRT 11 and RTX take it from the graph."""
+
+from torch import Tensor, nn
+
+from models import DeformableDetr
+from models.attention import SelfAttention
+
+
+def to_half(model: DeformableDetr) -> None:
+    """Let the network, in place, compute in float16 where that is harmless; what it takes and returns stays float32.
+
+    In float16: convolutions, linear layers, the queries' self-attention, and what they hand on, so the op's values,
+    offsets and logits. In float32: norms inside, positions, reference points, and the heads, whose boxes and scores
+    would lose their last digits. The convolutions' weights stay float32 until the graph's constants are folded, so
+    that batch norms can still be folded into them.
+    """
+    transformer = model.transformer
+    precise = [model.class_embed, model.bbox_embed, getattr(transformer, "reference_points", None)]
+    in_heads = {id(layer) for head in precise if head is not None for layer in head.modules()}
+    for layer in list(model.modules()):
+        if id(layer) in in_heads:
+            if type(layer) is nn.Linear:
+                layer.__class__ = _FloatLinear
+        elif (half := _HALF.get(type(layer))) is not None:
+            layer.__class__ = half
+            if not isinstance(layer, nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
+                layer.half()
+
+
+class _HalfConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.half()
+        y: Tensor = self._conv_forward(x.half(), self.weight.half(), bias)
+        return y
+
+
+class _HalfLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.half())
+
+
+class _FloatLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class _LayerNormToHalf(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).half()
+
+
+class _GroupNormToHalf(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).half()
+
+
+class _HalfSelfAttention(SelfAttention):
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        return super().forward(x.half(), position.half(), blocked)
+
+
+_HALF: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: _HalfConv2d,
+    nn.Linear: _HalfLinear,
+    nn.LayerNorm: _LayerNormToHalf,
+    nn.GroupNorm: _GroupNormToHalf,
+    SelfAttention: _HalfSelfAttention,
+}
