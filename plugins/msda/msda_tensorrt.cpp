@@ -24,24 +24,12 @@ constexpr const char* kVersion = "1";
 // --- what the inputs are ---
 
 enum Input : int32_t { kValue, kSpatialShapes, kReferencePoints, kSamplingOffsets, kAttentionLogits, kInputs };
-enum Axis : int32_t { kN, kS, kM, kD, kLq, kL, kP, kR, kLP, kTwo, kAxes };
-
-constexpr const char* kAxisNames[kAxes] = {"N", "S", "M", "D", "Lq", "L", "P", "R", "L*P", "the last axis"};
-
-struct InputRule {
-  const char* name;
-  const char* shape;
-  int32_t rank;
-  Axis axes[6];
-};
-
-constexpr InputRule kRules[kInputs] = {
-    {"value", "[N, S, M, D]", 4, {kN, kS, kM, kD}},
-    {"spatial_shapes", "[L, 2]", 2, {kL, kTwo}},
-    {"reference_points", "[N, Lq, L, 2 or 4]", 4, {kN, kLq, kL, kR}},
-    {"sampling_offsets", "[N, Lq, M, L, P, 2]", 6, {kN, kLq, kM, kL, kP, kTwo}},
-    {"attention_logits", "[N, Lq, M, L*P]", 4, {kN, kLq, kM, kLP}},
-};
+constexpr const char* kInputNames[kInputs] = {"value", "spatial_shapes", "reference_points", "sampling_offsets",
+                                              "attention_logits"};
+constexpr int32_t kRanks[kInputs] = {4, 2, 4, 6, 4};
+constexpr const char* kShapes[kInputs] = {"[N, S, M, D]", "[L, 2]", "[N, Lq, L, 2 or 4]", "[N, Lq, M, L, P, 2]",
+                                          "[N, Lq, M, L*P]"};
+constexpr const char* kTypes[kInputs] = {"float or half", "int64", "float", "of value's type", "of value's type"};
 
 // --- the logger ---
 
@@ -100,8 +88,9 @@ struct Brackets {
     size_t length = snprintf(text, sizeof(text), "[");
     for (int32_t i = 0; i < dims.nbDims; ++i) {
       length += snprintf(text + length, sizeof(text) - length, i ? ", " : "");
-      length += dims.d[i] < 0 ? snprintf(text + length, sizeof(text) - length, "?")
-                              : snprintf(text + length, sizeof(text) - length, "%lld", (long long)dims.d[i]);
+      length += dims.d[i] < 0
+                    ? snprintf(text + length, sizeof(text) - length, "?")
+                    : snprintf(text + length, sizeof(text) - length, "%lld", static_cast<long long>(dims.d[i]));
     }
     snprintf(text + length, sizeof(text) - length, "]");
   }
@@ -115,48 +104,55 @@ const char* type_name(trt::DataType type) {
 
 // --- shapes and types ---
 
-// The size of every axis; -1 where it is not known yet.
-struct Sizes {
-  int64_t of[kAxes];
-};
+bool differ(const trt::Dims& wanted, const trt::Dims& got) {
+  for (int32_t i = 0; i < got.nbDims; ++i)
+    if (wanted.d[i] >= 0 && got.d[i] >= 0 && wanted.d[i] != got.d[i]) return true;
+  return false;
+}
 
-// The axes' sizes, as far as the shapes tell (-1 in a shape: any). Refuses those that do not agree, naming the first.
-int32_t read_sizes(const trt::Dims (&shapes)[kInputs], Sizes* sizes) {
-  int64_t* const of = sizes->of;
-  const char* told_by[kAxes] = {};
-  for (int64_t& size : sizes->of) size = -1;
-  for (int32_t i = 0; i < kInputs; ++i) {
-    const InputRule& rule = kRules[i];
-    if (shapes[i].nbDims != rule.rank)
-      return refuse("%s must be %s, got %s", rule.name, rule.shape, Brackets(shapes[i]).text);
-    for (int32_t k = 0; k < rule.rank; ++k) {
-      const Axis axis = rule.axes[k];
-      const int64_t size = shapes[i].d[k];
-      if (size < 0) continue;
-      if (axis == kTwo ? size != 2 : axis == kR && size != 2 && size != 4)
-        return refuse("%s must be %s, got %s", rule.name, rule.shape, Brackets(shapes[i]).text);
-      if (told_by[axis] != nullptr && of[axis] != size)
-        return refuse("%s is %s, but %s of %s is %lld, by %s", rule.name, Brackets(shapes[i]).text, kAxisNames[axis],
-                      rule.shape, (long long)of[axis], told_by[axis]);
-      if (told_by[axis] == nullptr) told_by[axis] = rule.name;
-      of[axis] = size;
-    }
-  }
-  if (of[kL] == 0 || of[kP] == 0 || of[kL] > MSDA_MAX_LEVEL_POINTS || of[kP] > MSDA_MAX_LEVEL_POINTS ||
-      (of[kL] > 0 && of[kP] > 0 && of[kL] * of[kP] > MSDA_MAX_LEVEL_POINTS))
-    return refuse("sampling_offsets are %s: L*P must be 1 to %d", Brackets(shapes[kSamplingOffsets]).text,
-                  MSDA_MAX_LEVEL_POINTS);
-  if (of[kL] > 0 && of[kP] > 0 && of[kLP] >= 0 && of[kL] * of[kP] != of[kLP])
-    return refuse("attention_logits are %s, but L*P of %s is %lld, by sampling_offsets",
-                  Brackets(shapes[kAttentionLogits]).text, kRules[kAttentionLogits].shape,
-                  (long long)(of[kL] * of[kP]));
+// The parameters' sizes; in shapes and in them -1 is a size that is not known yet. Refuses shapes that do not agree.
+int32_t read_sizes(const trt::Dims (&shapes)[kInputs], MsdaParams* params) {
+  for (int32_t i = 0; i < kInputs; ++i)
+    if (shapes[i].nbDims != kRanks[i])
+      return refuse("%s must be %s, got %s", kInputNames[i], kShapes[i], Brackets(shapes[i]).text);
+
+  MsdaParams& p = *params;
+  p.batch = shapes[kValue].d[0];
+  p.pixels = shapes[kValue].d[1];
+  p.heads = shapes[kValue].d[2];
+  p.channels = shapes[kValue].d[3];
+  p.queries = shapes[kSamplingOffsets].d[1];
+  p.levels = shapes[kSpatialShapes].d[0];
+  p.points = shapes[kSamplingOffsets].d[4];
+  p.reference_dim = shapes[kReferencePoints].d[3];
+
+  const bool counted = p.levels >= 0 && p.points >= 0;
+  if (p.levels == 0 || p.points == 0 || p.levels > MSDA_MAX_LEVEL_POINTS || p.points > MSDA_MAX_LEVEL_POINTS ||
+      (counted && p.levels * p.points > MSDA_MAX_LEVEL_POINTS))
+    return refuse("L=%lld levels of P=%lld points; L*P must be 1 to %d", static_cast<long long>(p.levels),
+                  static_cast<long long>(p.points), MSDA_MAX_LEVEL_POINTS);
+  if (p.reference_dim >= 0 && p.reference_dim != 2 && p.reference_dim != 4)
+    return refuse("%s must be %s, got %s", kInputNames[kReferencePoints], kShapes[kReferencePoints],
+                  Brackets(shapes[kReferencePoints]).text);
+
+  const int64_t level_points = counted ? p.levels * p.points : -1;
+  const trt::Dims wanted[kInputs] = {
+      shapes[kValue],
+      {2, {p.levels, 2}},
+      {4, {p.batch, p.queries, p.levels, p.reference_dim}},
+      {6, {p.batch, p.queries, p.heads, p.levels, p.points, 2}},
+      {4, {p.batch, p.queries, p.heads, level_points}},
+  };
+  for (int32_t i = 0; i < kInputs; ++i)
+    if (differ(wanted[i], shapes[i]))
+      return refuse("%s must be %s, got %s", kInputNames[i], Brackets(wanted[i]).text, Brackets(shapes[i]).text);
   return 0;
 }
 
-int32_t read_sizes(const trt::PluginTensorDesc* inputs, Sizes* sizes) {
+int32_t read_sizes(const trt::PluginTensorDesc* inputs, MsdaParams* params) {
   trt::Dims shapes[kInputs];
   for (int32_t i = 0; i < kInputs; ++i) shapes[i] = inputs[i].dims;
-  return read_sizes(shapes, sizes);
+  return read_sizes(shapes, params);
 }
 
 // Whether input `index` may be of this type, beside a value of that type.
@@ -204,8 +200,7 @@ class Plugin final : public trt::IPluginV3,
     if (count != kInputs) return refuse("%d inputs, there must be %d", count, kInputs);
     for (int32_t i = 0; i < kInputs; ++i)
       if (!serves(i, inputs[i], inputs[kValue]))
-        return refuse("%s is %s beside a value of type %s", kRules[i].name, type_name(inputs[i]),
-                      type_name(inputs[kValue]));
+        return refuse("%s must be %s, is %s", kInputNames[i], kTypes[i], type_name(inputs[i]));
     outputs[0] = inputs[kValue];
     return 0;
   }
@@ -219,8 +214,8 @@ class Plugin final : public trt::IPluginV3,
       for (int32_t k = 0; k < inputs[i].nbDims; ++k)
         shapes[i].d[k] = inputs[i].d[k]->isConstant() ? inputs[i].d[k]->getConstantValue() : -1;
     }
-    Sizes sizes;
-    if (const int32_t failed = read_sizes(shapes, &sizes)) return failed;
+    MsdaParams params{};
+    if (const int32_t failed = read_sizes(shapes, &params)) return failed;
     const trt::DimsExprs &value = inputs[kValue], &offsets = inputs[kSamplingOffsets];
     outputs[0].nbDims = 3;  // [N, Lq, M*D]
     outputs[0].d[0] = value.d[0];
@@ -240,34 +235,23 @@ class Plugin final : public trt::IPluginV3,
     if (count != kInputs) return refuse("%d inputs, there must be %d", count, kInputs);
     trt::Dims shapes[kInputs];
     for (int32_t i = 0; i < kInputs; ++i) shapes[i] = inputs[i].desc.dims;
-    Sizes sizes;
-    return read_sizes(shapes, &sizes);
+    MsdaParams params{};
+    return read_sizes(shapes, &params);
   }
 
   // Runtime
   int32_t onShapeChange(const trt::PluginTensorDesc* inputs, int32_t count, const trt::PluginTensorDesc*,
                         int32_t) noexcept override {
     if (count != kInputs) return refuse("%d inputs, there must be %d", count, kInputs);
-    Sizes sizes;
-    return read_sizes(inputs, &sizes);
+    MsdaParams params{};
+    return read_sizes(inputs, &params);
   }
 
   int32_t enqueue(const trt::PluginTensorDesc* descriptions, const trt::PluginTensorDesc*, const void* const* inputs,
                   void* const* outputs, void*, cudaStream_t stream) noexcept override {
-    Sizes sizes;
-    if (const int32_t failed = read_sizes(descriptions, &sizes)) return failed;
-    const int64_t* const of = sizes.of;
-    if (of[kN] == 0 || of[kLq] == 0 || of[kM] == 0 || of[kD] == 0) return 0;
-
     MsdaParams params{};
-    params.batch = of[kN];
-    params.pixels = of[kS];
-    params.heads = of[kM];
-    params.channels = of[kD];
-    params.queries = of[kLq];
-    params.levels = of[kL];
-    params.points = of[kP];
-    params.reference_dim = of[kR];
+    if (const int32_t failed = read_sizes(descriptions, &params)) return failed;
+    if (params.batch == 0 || params.queries == 0 || params.heads == 0 || params.channels == 0) return 0;
     params.type = descriptions[kValue].type == trt::DataType::kHALF ? MSDA_FLOAT16 : MSDA_FLOAT32;
     params.value = inputs[kValue];
     params.spatial_shapes = static_cast<const int64_t*>(inputs[kSpatialShapes]);

@@ -114,14 +114,13 @@ int host_on_shape_change(const int64_t* sizes, const int32_t* ranks, const int32
   return runtime->onShapeChange(tensors, kTensors - 1, tensors + kTensors - 1, 1);
 }
 
-// With no memory behind the tensors: only for shapes without work, and machines without a GPU.
-int host_enqueue(const int64_t* sizes, const int32_t* ranks, const int32_t* types, const int32_t* formats) {
+// On the default stream.
+int host_enqueue(const int64_t* sizes, const int32_t* ranks, const int32_t* types, const int32_t* formats,
+                 const void* const* inputs, void* output) {
   trt::PluginTensorDesc tensors[kTensors];
   describe(sizes, ranks, types, formats, tensors);
-  const void* inputs[kTensors - 1] = {};
-  void* outputs[1] = {};
   auto* const runtime = capability<trt::IPluginV3OneRuntime>(trt::PluginCapabilityType::kRUNTIME);
-  return runtime->enqueue(tensors, tensors + kTensors - 1, inputs, outputs, nullptr, nullptr);
+  return runtime->enqueue(tensors, tensors + kTensors - 1, inputs, &output, nullptr, nullptr);
 }
 
 // What was logged since the last call.
