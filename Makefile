@@ -30,7 +30,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
-KERNELS := $(wildcard plugins/msda/*.cpp plugins/msda/*.cu plugins/msda/*.h)
+KERNELS := $(wildcard plugins/msda/*.cpp plugins/msda/*.cu plugins/msda/*.h plugins/msda/*.inc)
 # The library that plugins/build.py makes last: it stands for all of them.
 NATIVE := plugins/msda/libmsda_onnxruntime.so
 

@@ -17,7 +17,8 @@ LIBRARIES = {
     "libmsda_onnxruntime.so": ("msda_onnxruntime.cpp", "msda_cpu.cpp"),
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-         "-fno-signed-zeros", "-Wall", "-Wextra", "-Wl,-Bsymbolic"]  # fmt: skip
+         "-fno-signed-zeros", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized",
+         "-Wl,-Bsymbolic"]  # fmt: skip
 
 
 def compiler() -> list[str] | None:

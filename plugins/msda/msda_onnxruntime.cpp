@@ -1,4 +1,4 @@
-// ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, to the CPU in float32.
+// ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, to the CPU in float and float16.
 //
 // A call checks every shape before it touches memory, allocates nothing, and shares the rows of the output among ONNX
 // Runtime's own threads. Version 1 is also what the function in the model file computes: this one only is faster.
@@ -17,9 +17,6 @@ constexpr size_t kRanks[kInputs] = {4, 2, 4, 6, 4};
 constexpr const char* kShapes[kInputs] = {"[N, S, M, D]", "[L, 2]", "[N, Lq, L, 2 or 4]", "[N, Lq, M, L, P, 2]",
                                           "[N, Lq, M, L*P]"};
 constexpr size_t kMaxRank = 6;
-
-// Samples of a piece of work, about 10 us: many pieces to share even among the few queries of a decoder.
-constexpr int64_t kSamplesPerBlock = 1024;
 
 template <typename Function>
 Function at(ort::Api* api, ort::Slot slot) {
@@ -74,13 +71,19 @@ struct Brackets {
   explicit Brackets(const Tensor& tensor) : Brackets(tensor.sizes, tensor.rank) {}
 };
 
-ort::Status* read_input(const Runtime& runtime, const ort::KernelContext* context, size_t index, Tensor* tensor) {
+// What an input's elements are, where value's are `type`.
+constexpr int element_type(size_t index, int type) {
+  return index == kSpatialShapes ? ort::kInt64 : index == kReferencePoints ? ort::kFloat : type;
+}
+
+ort::Status* read_input(const Runtime& runtime, const ort::KernelContext* context, size_t index, int value_type,
+                        Tensor* tensor) {
   const ort::Value* value = nullptr;
   if (ort::Status* failed = runtime.get_input(context, index, &value)) return failed;
   if (value == nullptr) return invalid(runtime, "%s is missing", kInputNames[index]);
   int type = 0;
   if (ort::Status* failed = runtime.get_shape(value, &type, &tensor->sizes, &tensor->rank)) return failed;
-  const int wanted = index == kSpatialShapes ? ort::kInt64 : ort::kFloat;
+  const int wanted = element_type(index, value_type);
   if (type != wanted) return invalid(runtime, "%s has element type %d, not %d", kInputNames[index], type, wanted);
   if (tensor->rank != kRanks[index])
     return invalid(runtime, "%s must be %s, got %s", kInputNames[index], kShapes[index], Brackets(*tensor).text);
@@ -117,10 +120,10 @@ ort::Status* check_levels(const Runtime& runtime, const MsdaParams& p) {
   return nullptr;
 }
 
-ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* context, MsdaParams* params) {
+ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* context, int type, MsdaParams* params) {
   Tensor in[kInputs];
   for (size_t i = 0; i < kInputs; ++i)
-    if (ort::Status* failed = read_input(runtime, context, i, &in[i])) return failed;
+    if (ort::Status* failed = read_input(runtime, context, i, type, &in[i])) return failed;
 
   MsdaParams& p = *params;
   p.batch = in[kValue].sizes[0];
@@ -131,7 +134,7 @@ ort::Status* read_params(const Runtime& runtime, const ort::KernelContext* conte
   p.levels = in[kSpatialShapes].sizes[0];
   p.points = in[kSamplingOffsets].sizes[4];
   p.reference_dim = in[kReferencePoints].sizes[3] == 2 ? 2 : 4;
-  p.type = MSDA_FLOAT32;
+  p.type = type == ort::kFloat16 ? MSDA_FLOAT16 : MSDA_FLOAT32;
   p.value = in[kValue].data;
   p.spatial_shapes = static_cast<const int64_t*>(in[kSpatialShapes].data);
   p.reference_points = static_cast<const float*>(in[kReferencePoints].data);
@@ -168,11 +171,17 @@ void do_block(void* data, size_t index) {
   msda_forward_rows(&work.params, begin, end < work.rows ? end : work.rows, work.output);
 }
 
+// A node's: the functions of its runtime, and the type of its values.
+struct Kernel {
+  Runtime runtime;
+  int type;
+};
+
 ort::Status* compute(void* kernel, ort::KernelContext* context) {
-  const Runtime& runtime = *static_cast<const Runtime*>(kernel);
+  const Runtime& runtime = static_cast<const Kernel*>(kernel)->runtime;
   Work work;
   MsdaParams& p = work.params;
-  if (ort::Status* failed = read_params(runtime, context, &p)) return failed;
+  if (ort::Status* failed = read_params(runtime, context, static_cast<const Kernel*>(kernel)->type, &p)) return failed;
 
   const int64_t sizes[] = {p.batch, p.queries, p.heads * p.channels};
   ort::Value* value = nullptr;
@@ -183,8 +192,7 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
   if (ort::Status* failed = runtime.get_data(value, &output)) return failed;
   work.output = output;
 
-  const int64_t samples_per_row = p.heads * p.levels * p.points;
-  work.rows_per_block = samples_per_row < kSamplesPerBlock ? kSamplesPerBlock / samples_per_row : 1;
+  work.rows_per_block = msda_rows_per_block(&p);
   const int64_t blocks = (work.rows + work.rows_per_block - 1) / work.rows_per_block;
   if (blocks == 1) {
     do_block(&work, 0);
@@ -193,24 +201,28 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
   return runtime.parallel_for(context, do_block, static_cast<size_t>(blocks), 0, &work);
 }
 
-// A kernel is its runtime's functions: the same ones for every node.
-ort::Status* create_kernel(const ort::CustomOp*, ort::Api* api, const ort::KernelInfo*, void** kernel) {
-  static const Runtime runtime(api);
-  *kernel = const_cast<Runtime*>(&runtime);
+// An op as ONNX Runtime reads it, and the type of its values: there is one of the same name for each.
+struct TypedOp : ort::CustomOp {
+  int type;
+};
+
+int type_of(const ort::CustomOp* op) { return static_cast<const TypedOp*>(op)->type; }
+
+ort::Status* create_kernel(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo*, void** kernel) {
+  *kernel = new Kernel{Runtime(api), type_of(op)};
   return nullptr;
 }
 
-ort::CustomOp cpu_op() {
-  ort::CustomOp op{};
+TypedOp cpu_op(int type) {
+  TypedOp op{};
+  op.type = type;
   op.version = ort::kCustomOpVersion;
   op.name = [](const ort::CustomOp*) { return "MSDeformAttn"; };
   op.execution_provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
   op.input_count = [](const ort::CustomOp*) -> size_t { return kInputs; };
-  op.input_type = [](const ort::CustomOp*, size_t index) {
-    return index == kSpatialShapes ? ort::kInt64 : ort::kFloat;
-  };
+  op.input_type = [](const ort::CustomOp* self, size_t index) { return element_type(index, type_of(self)); };
   op.output_count = [](const ort::CustomOp*) -> size_t { return 1; };
-  op.output_type = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.output_type = [](const ort::CustomOp* self, size_t) { return type_of(self); };
   op.input_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
   op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
   op.input_memory = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
@@ -218,18 +230,19 @@ ort::CustomOp cpu_op() {
   op.end_version = [](const ort::CustomOp*) { return 1; };
   op.create_kernel_v2 = create_kernel;
   op.compute_v2 = compute;
-  op.destroy_kernel = [](void*) {};
+  op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   return op;
 }
 
 // One domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
 // sessions may end after our own statics do, so that it is never released.
 ort::CustomOpDomain* shared_domain(ort::Api* api) {
-  static const ort::CustomOp op = cpu_op();
+  static const TypedOp ops[] = {cpu_op(ort::kFloat), cpu_op(ort::kFloat16)};
   static ort::CustomOpDomain* const shared = [api]() -> ort::CustomOpDomain* {
     ort::CustomOpDomain* domain = nullptr;
     if (at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain)("msda", &domain) != nullptr) return nullptr;
-    if (at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd)(domain, &op) != nullptr) return nullptr;
+    for (const TypedOp& op : ops)
+      if (at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd)(domain, &op) != nullptr) return nullptr;
     return domain;
   }();
   return shared;

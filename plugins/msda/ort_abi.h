@@ -14,7 +14,7 @@ constexpr uint32_t kApiVersion = 24;      // the release, 1.24, that brought the
 constexpr uint32_t kCustomOpVersion = 17;  // of CustomOp's fields; those it brings are read from 1.17 on
 
 constexpr int kInvalidArgument = 2;                // of the error codes
-constexpr int kFloat = 1, kInt64 = 7;              // of the element types
+constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10;              // of the element types
 constexpr int kRequired = 0;                       // of an input's or output's characteristics
 constexpr int kDefaultMemory = 0;                  // of an input's memory types
 
