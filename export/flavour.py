@@ -13,8 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 
 class BuildError(RuntimeError):
     """No engine can be built; one line says why.
@@ -108,6 +106,8 @@ FLAVOURS: dict[str, Flavour] = {flavour.name: flavour for flavour in (TensorRT()
 
 def gpu_architecture() -> str:
     """This machine's GPU, such as "sm86". Raises TargetError where there is none."""
+    import torch  # takes seconds, and only a build without targets asks
+
     if not torch.cuda.is_available():
         raise TargetError("this machine has no NVIDIA GPU to build for")
     major, minor = torch.cuda.get_device_capability()
