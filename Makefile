@@ -43,7 +43,7 @@ help: ## this list
 
 setup: $(READY) $(NATIVE) ## make .venv with all that tests, training and export need
 
-native: $(NATIVE) ## compile the attention kernel, where there is a C++ compiler
+native: $(NATIVE) ## compile the attention kernels: for the CPU; with nvcc for GPUs; with TensorRT's headers its plugin
 
 serve: $(SERVING) $(NATIVE) ## serve the embedded model at http://localhost:8000 (PORT=...)
 	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
@@ -77,10 +77,11 @@ train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder 
 		--name blood-cells --with-checkpoint --attach "$(OUTPUT)"/card/*
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) plugins/msda/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) plugins/msda/*.o plugins/msda/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Without a C++ compiler nothing is built, a line says so, and what would use it runs slower.
+# A line tells of every library that is built or that lacks a compiler or headers; what would use it runs slower. Where
+# nvcc or headers have come since: .venv/bin/python -m plugins.build
 $(NATIVE): plugins/build.py $(KERNELS) | $(BIN)/python
 	-@$(BIN)/python -m plugins.build
 

@@ -1,24 +1,49 @@
 """Compile the native libraries beside their source: `python -m plugins.build`.
 
-Without a C++ compiler it says so and exits 0: what would use the libraries then runs without them, slower.
+What the compilers and headers of this machine allow is built, and a line says what is missing and where it would be
+looked for; without a C++ compiler nothing is, and what would use the libraries runs without them, slower. Exits 1 only
+where a compiler was there and failed.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "msda"
-# The kernel is compiled into each: they load nothing of ours.
-LIBRARIES = {
-    "libmsda_cpu.so": ("msda_cpu.cpp",),
-    "libmsda_onnxruntime.so": ("msda_onnxruntime.cpp", "msda_cpu.cpp"),
-}
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-         "-fno-signed-zeros", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized",
-         "-Wl,-Bsymbolic"]  # fmt: skip
+KERNEL = "msda_cuda.cu"
+
+
+@dataclass(frozen=True)
+class Library:
+    """The kernels are compiled into each library: they load nothing of ours, and of CUDA the driver alone."""
+
+    name: str
+    sources: tuple[str, ...]  # C++
+    cuda: bool = False  # holds the CUDA kernel
+    without_cuda: bool = True  # is built, less MSDA_WITH_CUDA, where there is no nvcc
+    tensorrt: bool = False  # needs its headers; nothing of it is linked
+
+
+LIBRARIES = (
+    Library("libmsda_cpu.so", ("msda_cpu.cpp",)),
+    Library("libmsda_cuda.so", (), cuda=True, without_cuda=False),
+    Library("libmsda_tensorrt.so", ("msda_tensorrt.cpp",), cuda=True, without_cuda=False, tensorrt=True),
+    Library("libmsda_onnxruntime.so", ("msda_onnxruntime.cpp", "msda_cpu.cpp"), cuda=True),
+)
+
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
+         "-fno-signed-zeros", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
+LINKED = "-Bsymbolic,--exclude-libs,ALL"  # calls to our own functions stay inside, and CUDA's runtime is not seen
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--threads", "0"]
+# Machine code for these, where nvcc knows them. For other GPUs the driver compiles PTX: the oldest's (for sm_87, sm_110)
+# or the newest's (for what comes after).
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
 def compiler() -> list[str] | None:
@@ -29,24 +54,136 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def build(folder: Path = SOURCE) -> list[Path]:
-    """Compile every library into `folder` and return their paths; none, with a printed line, without a compiler.
+def nvcc() -> str | None:
+    """CUDA's compiler: $NVCC, else the one on the path, else the toolkit's usual place; None where there is none."""
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
-    A library in use is replaced, not overwritten. Raises subprocess.CalledProcessError where the compiler fails.
+
+def tensorrt_includes() -> list[Path] | None:
+    """Where TensorRT's headers are, and CUDA's, which they need; None where either is missing.
+
+    They are looked for in $TENSORRT_ROOT/include, in the system's folders, and in the package kernel-lens.
     """
-    command = compiler()
+    command = nvcc()
     if command is None:
-        print("native kernel: no C++ compiler found (apt install g++); training and serving will be slower")
+        return None
+    folders = [Path("/usr/include/x86_64-linux-gnu"), Path("/usr/include/aarch64-linux-gnu"), Path("/usr/include")]
+    if os.environ.get("TENSORRT_ROOT"):
+        folders.insert(0, Path(os.environ["TENSORRT_ROOT"]) / "include")
+    wheel = importlib.util.find_spec("kernel_lens")
+    folders += [Path(place) / "include" / "tensorrt" for place in (wheel and wheel.submodule_search_locations) or ()]
+    found = next((folder for folder in folders if (folder / "NvInferRuntime.h").is_file()), None)
+    told = subprocess.run([command, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    cuda = [
+        Path(word.removeprefix("-I"))
+        for line in told.stderr.splitlines()
+        if line.startswith("#$ INCLUDES=")
+        for word in shlex.split(line.removeprefix("#$ INCLUDES="))
+    ]
+    return [found, *cuda] if found and cuda else None
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True)
+
+
+def _say(text: str) -> None:
+    print(f"native kernel: {text}", flush=True)
+
+
+def _cuda_compiler(command: str) -> list[str]:
+    """nvcc with $CXX, where that is one word, as the compiler of its host code."""
+    host = shlex.split(os.environ.get("CXX", ""))
+    return [command, *(["-ccbin", host[0]] if len(host) == 1 else [])]
+
+
+def compile_kernel(command: str, to: Path) -> Path:
+    """Compile the CUDA kernel to an object, unless that is newer than its sources.
+
+    Raises subprocess.CalledProcessError where nvcc fails.
+    """
+    sources = (SOURCE / KERNEL, SOURCE / "msda.h", Path(__file__))
+    if to.exists() and to.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        return to
+    listing = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = [arch for arch in ARCHITECTURES if f"sm_{arch}" in listing.stdout.split()]
+    targets = []
+    for arch in known:
+        ptx = f",compute_{arch}" if arch in (known[0], known[-1]) else ""
+        targets += ["-gencode", f"arch=compute_{arch},code=[sm_{arch}{ptx}]"]
+    fresh = to.with_name(f"{os.getpid()}.{to.name}")
+    try:
+        _run([*_cuda_compiler(command), *CUDA_FLAGS, *targets, "-c", str(SOURCE / KERNEL), "-o", str(fresh)])
+        return fresh.replace(to)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def link(library: Library, folder: Path, objects: list[Path], with_cuda: bool) -> Path:
+    """Make the library of its objects. One that is in use is replaced, not overwritten."""
+    cpp, cuda = compiler(), nvcc()
+    assert cpp is not None  # or there would be no objects
+    assert cuda is not None or not with_cuda
+    command = [*cpp, f"-Wl,{LINKED}"]
+    if cuda is not None and with_cuda:
+        command = [*_cuda_compiler(cuda), "-cudart", "static", "-Xlinker", LINKED]
+    fresh = folder / f"{library.name}.{os.getpid()}.new"
+    try:
+        _run([*command, "-shared", *map(str, objects), "-o", str(fresh)])
+        return fresh.replace(folder / library.name)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def build(folder: Path = SOURCE) -> list[Path]:
+    """Compile what can be into `folder` and return the libraries' paths; a line is printed for each, built or missing.
+
+    Raises subprocess.CalledProcessError where a compiler failed, after all others are built.
+    """
+    cpp, cuda, includes = compiler(), nvcc(), tensorrt_includes()
+    if cpp is None:
+        _say("no C++ compiler found (apt install g++); training and serving will be slower")
         return []
-    built = []
-    for name, sources in LIBRARIES.items():
-        fresh = folder / f"{name}.{os.getpid()}.new"
-        try:
-            subprocess.run([*command, *FLAGS, *(str(SOURCE / each) for each in sources), "-o", str(fresh)], check=True)
-            built.append(fresh.replace(folder / name))
-        finally:
-            fresh.unlink(missing_ok=True)
-        print(f"native kernel: built {name}")
+    if cuda is None:
+        _say("no nvcc found ($NVCC, the path, /usr/local/cuda): nothing is built for GPUs")
+    elif includes is None:
+        _say("no TensorRT headers found ($TENSORRT_ROOT/include, /usr/include): its plugin is not built")
+    built: list[Path] = []
+    failures: list[subprocess.CalledProcessError] = []
+    kernel: Path | None = None
+    with tempfile.TemporaryDirectory() as temporary:
+        objects: dict[tuple[str, ...], Path] = {}  # by their flags and source: what libraries share is compiled once
+
+        def compiled(source: str, flags: list[str]) -> Path:
+            key = (*flags, source)
+            if key not in objects:
+                path = Path(temporary) / f"{len(objects)}.o"
+                _run([*cpp, *FLAGS, *flags, "-c", str(SOURCE / source), "-o", str(path)])
+                objects[key] = path
+            return objects[key]
+
+        if cuda is not None:
+            try:  # it takes the longest, and is kept beside the source
+                kernel = compile_kernel(cuda, (SOURCE if folder == SOURCE else Path(temporary)) / "msda_cuda.o")
+            except subprocess.CalledProcessError as error:
+                _say(f"{KERNEL} was not compiled, nothing is built for GPUs: {error}")
+                failures.append(error)
+        for library in LIBRARIES:
+            if (not library.without_cuda and kernel is None) or (library.tensorrt and includes is None):
+                continue
+            try:
+                with_cuda = library.cuda and kernel is not None
+                flags = ["-DMSDA_WITH_CUDA"] if with_cuda else []
+                flags += [f"-isystem{path}" for path in includes or ()] if library.tensorrt else []
+                parts = [compiled(each, [] if each == "msda_cpu.cpp" else flags) for each in library.sources]
+                parts += [kernel] if kernel is not None and library.cuda else []
+                built.append(link(library, folder, parts, with_cuda))
+                _say(f"built {library.name}{', with CUDA' if with_cuda else ''}")
+            except subprocess.CalledProcessError as error:
+                _say(f"{library.name} was not built: {error}")
+                failures.append(error)
+    if failures:
+        raise failures[0]
     return built
 
 
@@ -54,5 +191,5 @@ if __name__ == "__main__":
     try:
         build()
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"native kernel: not built, training and serving will be slower: {error}")
+        _say(f"not built, what would use it runs slower or not at all: {error}")
         sys.exit(1)

@@ -1,7 +1,10 @@
-// ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, to the CPU in float and float16.
+// ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, in float and float16 to the CPU,
+// and, compiled with MSDA_WITH_CUDA, to CUDA.
 //
-// A call checks every shape before it touches memory, allocates nothing, and shares the rows of the output among ONNX
-// Runtime's own threads. Version 1 is also what the function in the model file computes: this one only is faster.
+// A call checks every shape before it touches memory and allocates nothing. On the CPU it shares the rows of the output
+// among ONNX Runtime's own threads; on CUDA it queues one kernel on its stream and waits for nothing: spatial_shapes
+// are asked for in the host's memory, where they are checked, and go to the kernel with its arguments. Version 1 is
+// also what the function in the model file computes: this one only is faster.
 #include <cstdarg>
 #include <cstdio>
 
@@ -31,6 +34,7 @@ struct Runtime {
   ort::GetTensorMutableData get_data;
   ort::GetTensorElementTypeAndShapeDataReference get_shape;
   ort::KernelContextParallelFor parallel_for;
+  ort::KernelContextGetGPUComputeStream get_stream;
 
   explicit Runtime(ort::Api* api)
       : create_status(at<ort::CreateStatus>(api, ort::kSlotCreateStatus)),
@@ -39,7 +43,8 @@ struct Runtime {
         get_data(at<ort::GetTensorMutableData>(api, ort::kSlotGetTensorMutableData)),
         get_shape(at<ort::GetTensorElementTypeAndShapeDataReference>(
             api, ort::kSlotGetTensorElementTypeAndShapeDataReference)),
-        parallel_for(at<ort::KernelContextParallelFor>(api, ort::kSlotKernelContextParallelFor)) {}
+        parallel_for(at<ort::KernelContextParallelFor>(api, ort::kSlotKernelContextParallelFor)),
+        get_stream(at<ort::KernelContextGetGPUComputeStream>(api, ort::kSlotKernelContextGetGPUComputeStream)) {}
 };
 
 __attribute__((format(printf, 2, 3))) ort::Status* invalid(const Runtime& runtime, const char* format, ...) {
@@ -177,21 +182,26 @@ struct Kernel {
   int type;
 };
 
+// The parameters of a call and the output's memory: null where the output has no elements.
+ort::Status* prepare(const Kernel& kernel, ort::KernelContext* context, MsdaParams* params, void** output) {
+  const Runtime& runtime = kernel.runtime;
+  *output = nullptr;
+  if (ort::Status* failed = read_params(runtime, context, kernel.type, params)) return failed;
+  const int64_t sizes[] = {params->batch, params->queries, params->heads * params->channels};
+  ort::Value* value = nullptr;
+  if (ort::Status* failed = runtime.get_output(context, 0, sizes, 3, &value)) return failed;
+  if (sizes[0] == 0 || sizes[1] == 0 || sizes[2] == 0) return nullptr;
+  return runtime.get_data(value, output);
+}
+
 ort::Status* compute(void* kernel, ort::KernelContext* context) {
   const Runtime& runtime = static_cast<const Kernel*>(kernel)->runtime;
   Work work;
   MsdaParams& p = work.params;
-  if (ort::Status* failed = read_params(runtime, context, static_cast<const Kernel*>(kernel)->type, &p)) return failed;
+  if (ort::Status* failed = prepare(*static_cast<const Kernel*>(kernel), context, &p, &work.output)) return failed;
+  if (work.output == nullptr) return nullptr;
 
-  const int64_t sizes[] = {p.batch, p.queries, p.heads * p.channels};
-  ort::Value* value = nullptr;
-  if (ort::Status* failed = runtime.get_output(context, 0, sizes, 3, &value)) return failed;
   work.rows = p.batch * p.queries;
-  if (work.rows == 0 || p.heads * p.channels == 0) return nullptr;
-  void* output = nullptr;
-  if (ort::Status* failed = runtime.get_data(value, &output)) return failed;
-  work.output = output;
-
   work.rows_per_block = msda_rows_per_block(&p);
   const int64_t blocks = (work.rows + work.rows_per_block - 1) / work.rows_per_block;
   if (blocks == 1) {
@@ -200,6 +210,22 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
   }
   return runtime.parallel_for(context, do_block, static_cast<size_t>(blocks), 0, &work);
 }
+
+#ifdef MSDA_WITH_CUDA
+ort::Status* compute_on_cuda(void* kernel, ort::KernelContext* context) {
+  const Runtime& runtime = static_cast<const Kernel*>(kernel)->runtime;
+  MsdaParams params;
+  void *output = nullptr, *stream = nullptr;
+  if (ort::Status* failed = prepare(*static_cast<const Kernel*>(kernel), context, &params, &output)) return failed;
+  if (output == nullptr) return nullptr;
+  if (ort::Status* failed = runtime.get_stream(context, &stream)) return failed;
+  const int status = msda_forward_cuda_host_shapes(&params, output, stream);
+  if (status == 0) return nullptr;
+  char message[512];
+  snprintf(message, sizeof(message), "MSDeformAttn: %s", msda_cuda_error(status));
+  return runtime.create_status(ort::kFail, message);
+}
+#endif
 
 // An op as ONNX Runtime reads it, and the type of its values: there is one of the same name for each.
 struct TypedOp : ort::CustomOp {
@@ -234,10 +260,29 @@ TypedOp cpu_op(int type) {
   return op;
 }
 
+#ifdef MSDA_WITH_CUDA
+TypedOp cuda_op(int type) {
+  TypedOp op = cpu_op(type);
+  op.execution_provider = [](const ort::CustomOp*) { return "CUDAExecutionProvider"; };
+  op.input_memory = [](const ort::CustomOp*, size_t index) {
+    return index == kSpatialShapes ? ort::kHostMemory : ort::kDefaultMemory;
+  };
+  op.compute_v2 = compute_on_cuda;
+  return op;
+}
+#endif
+
 // One domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
 // sessions may end after our own statics do, so that it is never released.
 ort::CustomOpDomain* shared_domain(ort::Api* api) {
-  static const TypedOp ops[] = {cpu_op(ort::kFloat), cpu_op(ort::kFloat16)};
+  static const TypedOp ops[] = {
+      cpu_op(ort::kFloat),
+      cpu_op(ort::kFloat16),
+#ifdef MSDA_WITH_CUDA
+      cuda_op(ort::kFloat),
+      cuda_op(ort::kFloat16),
+#endif
+  };
   static ort::CustomOpDomain* const shared = [api]() -> ort::CustomOpDomain* {
     ort::CustomOpDomain* domain = nullptr;
     if (at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain)("msda", &domain) != nullptr) return nullptr;

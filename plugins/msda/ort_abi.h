@@ -13,10 +13,10 @@ constexpr uint32_t kFirstApiVersion = 1;
 constexpr uint32_t kApiVersion = 24;      // the release, 1.24, that brought the newest of kSlot...
 constexpr uint32_t kCustomOpVersion = 17;  // of CustomOp's fields; those it brings are read from 1.17 on
 
-constexpr int kInvalidArgument = 2;                // of the error codes
-constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10;              // of the element types
-constexpr int kRequired = 0;                       // of an input's or output's characteristics
-constexpr int kDefaultMemory = 0;                  // of an input's memory types
+constexpr int kFail = 1, kInvalidArgument = 2;            // of the error codes
+constexpr int kFloat = 1, kInt64 = 7, kFloat16 = 10;      // of the element types
+constexpr int kRequired = 0;                              // of an input's or output's characteristics
+constexpr int kHostMemory = -2, kDefaultMemory = 0;       // of an input's memory types
 
 struct Status;
 struct SessionOptions;
@@ -36,6 +36,7 @@ enum Slot : size_t {
   kSlotGetTensorMutableData = 51,
   kSlotKernelContextGetInput = 90,
   kSlotKernelContextGetOutput = 91,
+  kSlotKernelContextGetGPUComputeStream = 193,
   kSlotKernelContextParallelFor = 274,
   kSlotGetTensorElementTypeAndShapeDataReference = 414,
 };
@@ -50,6 +51,7 @@ using GetTensorMutableData = Status* (*)(Value* value, void** data);
 using KernelContextGetInput = Status* (*)(const KernelContext* context, size_t index, const Value** value);
 using KernelContextGetOutput = Status* (*)(KernelContext* context, size_t index, const int64_t* sizes, size_t rank,
                                            Value** value);
+using KernelContextGetGPUComputeStream = Status* (*)(const KernelContext* context, void** stream);
 using KernelContextParallelFor = Status* (*)(const KernelContext* context, void (*work)(void* data, size_t index),
                                              size_t total, size_t batches, void* data);
 using GetTensorElementTypeAndShapeDataReference = Status* (*)(const Value* value, int* type, const int64_t** sizes,
