@@ -41,8 +41,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", 
          "-fno-signed-zeros", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
 LINKED = "-Bsymbolic,--exclude-libs,ALL"  # calls to our own functions stay inside, and CUDA's runtime is not seen
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--threads", "0"]
-# Machine code for these, where nvcc knows them. For other GPUs the driver compiles PTX: the oldest's (for sm_87, sm_110)
-# or the newest's (for what comes after).
+# Machine code for these, where nvcc knows them. For other GPUs the driver compiles PTX: the oldest's (sm_87, sm_110) or
+# the newest's (what comes after).
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
