@@ -14,6 +14,9 @@ PORT ?= 8000
 # Any release from 2.8 on will do: make setup TORCH=torch==2.9.1
 TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
+# What has TensorRT's headers (NvInfer*.h 10.14, Apache-2.0), to compile the plugin where TensorRT itself is not installed.
+# Of that package only the headers are used, so it comes without the 290 MB compiler it asks for.
+TENSORRT_HEADERS ?= kernel-lens==2.0.1
 
 # The interpreter the environment is made of: python3 if it is new enough, else the newest one found beside it.
 PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -108,5 +111,7 @@ $(SERVING): pyproject.toml | $(BIN)/python
 $(READY): pyproject.toml $(SERVING)
 	@echo "installing what tests, training and export need into $(VENV): some minutes ..."
 	@$(INSTALL) $(TORCH_PIP_ARGS) "$(TORCH)"
-	@$(INSTALL) --editable ".[export,train,dev]"
+	@$(INSTALL) --no-deps "$(TENSORRT_HEADERS)"
+	@$(INSTALL) --editable ".[export,train,rtx,dev]"
+	-@$(BIN)/python -m plugins.build libmsda_tensorrt.so
 	@touch $@

@@ -1,4 +1,4 @@
-"""Compile the native libraries beside their source: `python -m plugins.build`.
+"""Compile the native libraries beside their source: `python -m plugins.build`, or some: `... libmsda_tensorrt.so`.
 
 What the compilers and headers of this machine allow is built, and a line says what is missing and where it would be
 looked for; without a C++ compiler nothing is, and what would use the libraries runs without them, slower. Exits 1 only
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +136,10 @@ def link(library: Library, folder: Path, objects: list[Path], with_cuda: bool) -
         fresh.unlink(missing_ok=True)
 
 
-def build(folder: Path = SOURCE) -> list[Path]:
+def build(folder: Path = SOURCE, only: Collection[str] = ()) -> list[Path]:
     """Compile what can be into `folder` and return the libraries' paths; a line is printed for each, built or missing.
+
+    With `only`, no libraries but those named.
 
     Raises subprocess.CalledProcessError where a compiler failed, after all others are built.
     """
@@ -171,10 +174,13 @@ def build(folder: Path = SOURCE) -> list[Path]:
         for library in LIBRARIES:
             if (not library.without_cuda and kernel is None) or (library.tensorrt and includes is None):
                 continue
+            if only and library.name not in only:
+                continue
             try:
                 with_cuda = library.cuda and kernel is not None
                 flags = ["-DMSDA_WITH_CUDA"] if with_cuda else []
-                flags += [f"-isystem{path}" for path in includes or ()] if library.tensorrt else []
+                if library.tensorrt:  # what its headers define inline stays inside, too
+                    flags += ["-fvisibility=hidden", *(f"-isystem{path}" for path in includes or ())]
                 parts = [compiled(each, [] if each == "msda_cpu.cpp" else flags) for each in library.sources]
                 parts += [kernel] if kernel is not None and library.cuda else []
                 built.append(link(library, folder, parts, with_cuda))
@@ -189,7 +195,7 @@ def build(folder: Path = SOURCE) -> list[Path]:
 
 if __name__ == "__main__":
     try:
-        build()
+        build(only=sys.argv[1:])
     except (OSError, subprocess.CalledProcessError) as error:
         _say(f"not built, what would use it runs slower or not at all: {error}")
         sys.exit(1)

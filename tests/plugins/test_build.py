@@ -216,3 +216,12 @@ def test_the_cuda_library_loads_without_a_driver_and_says_what_is_wrong() -> Non
     kernel.msda_cuda_error.restype = ctypes.c_char_p
     refused = kernel.msda_forward_cuda(ctypes.byref(Params(levels=0)), None, None)
     assert kernel.msda_cuda_error(refused) == b"cudaErrorInvalidValue: invalid argument"
+
+
+def test_some_libraries_alone(machine: Machine, out: Path) -> None:
+    machine.put("g++")
+    machine.put("nvcc")
+    machine.put_headers()
+    assert [path.name for path in build.build(out, only=["libmsda_tensorrt.so"])] == ["libmsda_tensorrt.so"]
+    assert names(out) == ["libmsda_tensorrt.so"]
+    assert not machine.calls(r"msda_cpu\.cpp"), "nothing else is compiled"
