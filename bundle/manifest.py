@@ -30,7 +30,11 @@ class ParityRecord(_Record):
     batch_size: int = Field(ge=1)
     max_box_error: float = Field(ge=0, description="of the image's side")
     max_score_error: float = Field(ge=0)
-    engine: str = Field(default="onnxruntime", description="what was compared: onnxruntime, or an engine's file name")
+    engine: str = Field(
+        default="onnxruntime",
+        description="what was compared: onnxruntime (the op as the function that the file carries), onnxruntime+msda "
+        "(the op as the native kernel), or an engine's file name",
+    )
     detections_compared: int | None = Field(default=None, ge=0)
 
 

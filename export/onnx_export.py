@@ -29,6 +29,7 @@ from bundle import (
 )
 from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, sha256_of
 from bundle.writer import check_place
+from export.pyramid import pyramid_pixels
 from export.trace import TraceError, trace
 from export.verify import MAX_BOX_ERROR, MAX_SCORE_ERROR, ParityError, verify
 from models import VARIANTS, CheckpointError, DeformableDetr, DeformableDetrConfig, load_checkpoint, save_checkpoint
@@ -78,7 +79,7 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
     canvases = request.canvases or canvases_for(_rule(model.config))
     _check_canvases(canvases, model.config, say)
     with step("trace"):
-        proto = trace(model)
+        proto = trace(model, for_cpu=True)
         content = proto.SerializeToString(deterministic=True)
     nodes = sum(node.domain == "msda" for node in proto.graph.node)
     say(f"         {len(proto.graph.node)} nodes, {nodes} of them MSDeformAttn; {len(content) / 2**20:.1f} MiB")
@@ -117,7 +118,7 @@ def _rule(config: DeformableDetrConfig) -> ResizeRule:
 def _check_canvases(canvases: Sequence[Canvas], config: DeformableDetrConfig, say: Say) -> None:
     """Raise ExportError for a canvas too small for the queries; say which common pictures no canvas holds."""
     for canvas in canvases:
-        if config.two_stage and (pixels := _pyramid_pixels(canvas, config)) < config.num_queries:
+        if config.two_stage and (pixels := pyramid_pixels(canvas, config)) < config.num_queries:
             raise ExportError(
                 f"canvas {canvas} has {pixels} pixels on all levels, fewer than {config.num_queries} queries"
             )
@@ -128,15 +129,6 @@ def _check_canvases(canvases: Sequence[Canvas], config: DeformableDetrConfig, sa
             choose_canvas(height, width, canvases)
         except CanvasError as error:
             say(f"warning: a picture {ratio:g} times as high as wide cannot be served: {error}")
-
-
-def _pyramid_pixels(canvas: Canvas, config: DeformableDetrConfig) -> int:
-    """How many pixels the levels have together: strides 8, 16, 32 and on, or the last stage alone."""
-    if config.num_feature_levels == 1:
-        strides = [16 if config.dilation else 32]
-    else:
-        strides = [8 * 2**level for level in range(config.num_feature_levels)]
-    return sum(-(-canvas.height // stride) * -(-canvas.width // stride) for stride in strides)
 
 
 def _two_of(canvases: Sequence[Canvas]) -> tuple[Canvas, Canvas]:
@@ -190,13 +182,13 @@ def variant_of(config: DeformableDetrConfig) -> str:
 
 def _table(say: Say) -> Callable[[ParityRecord], None]:
     """A line of the parity table for each record, under its heading."""
-    say("         canvas      batch   box error   score error   detections")
+    say("         canvas      batch   box error   score error   detections   engine")
     say(f"         limit               {MAX_BOX_ERROR:9.1e}     {MAX_SCORE_ERROR:9.1e}")
 
     def line(record: ParityRecord) -> None:
         say(
             f"         {record.canvas!s:10} {record.batch_size:6}   {record.max_box_error:9.1e}"
-            f"     {record.max_score_error:9.1e}   {record.detections_compared:10}"
+            f"     {record.max_score_error:9.1e}   {record.detections_compared:10}   {record.engine}"
         )
 
     return line

@@ -13,9 +13,13 @@ from onnxscript import optimizer
 from torch import Tensor
 
 from export import op
+from export.feed_forward import feed_forward_as_convolutions
 from export.fold import fold_batch_norms
+from export.late_values import project_values_late
+from export.pyramid import usual_pixels
 from export.served_graph import MAX_DETECTIONS, ServedGraph
 from models import DeformableDetr
+from models.geometry import rectangle_geometry
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "labels")
@@ -30,10 +34,17 @@ class TraceError(RuntimeError):
     """The traced graph is not the graph that a bundle needs."""
 
 
-def trace(model: DeformableDetr, max_detections: int = MAX_DETECTIONS) -> onnx.ModelProto:
-    """The ONNX model of `model` (in eval mode), the op's function attached; the model itself is left as it was."""
+def trace(model: DeformableDetr, max_detections: int = MAX_DETECTIONS, *, for_cpu: bool = False) -> onnx.ModelProto:
+    """The ONNX model of `model` (in eval mode), the op's function attached; the model itself is left as it was.
+
+    `for_cpu` puts parts of it in an order that is quicker on a CPU; what the graph computes is the same.
+    """
     served = ServedGraph(copy.deepcopy(model), max_detections).eval().requires_grad_(False)
+    served.model.geometry = rectangle_geometry  # what its mask always is
     fold_batch_norms(served)
+    if for_cpu:
+        feed_forward_as_convolutions(served.model)
+        project_values_late(served.model, usual_pixels(model.config))
     graph = _exported(served)
     _name_outputs(graph)
     optimizer.fold_constants(graph, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)

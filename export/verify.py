@@ -4,10 +4,14 @@ Each query of the network is compared, not only the detections: two queries whos
 change places in the top K, so queries are paired by what they say, and the top K is held against the model's own
 queries. Nothing that exceeds the limits passes, with one exception: a two-stage model whose last accepted and first
 rejected proposal are tied to within `CUT_MARGIN` has no single right answer, and its picture is drawn anew.
+
+The op is compared in each form in which a server runs it on a CPU: the function that the file carries, and the native
+kernel, where it is built.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import plugins
 from bundle import Canvas, ParityRecord
 from export.trace import OUTPUTS, RAW_OUTPUTS
 from models import DeformableDetr, DeformableDetrConfig
@@ -28,6 +33,8 @@ BATCH_SIZES = (1, 3)
 MAX_REDRAWS = 3
 FILLS = ((1.0, 1.0), (0.74, 0.97), (0.88, 0.52))  # of the canvas's height and width, a slot each
 FILL_ALONE = (0.93, 0.81)
+FUNCTION, KERNEL = "onnxruntime", "onnxruntime+msda"
+"""What a record's `engine` says of ONNX Runtime: with the file's own function, or with the native kernel."""
 
 Array = NDArray[np.float32]
 
@@ -52,6 +59,21 @@ class Answers:
     boxes: Array
 
 
+@dataclass(frozen=True)
+class Case:
+    """A batch of pictures and what PyTorch says to it; a margin and a place, for messages, for each slot."""
+
+    canvas: Canvas
+    pictures: Pictures
+    want: Answers
+    margins: list[float]
+    where: list[str]
+
+
+class _Tied(Exception):
+    """A slot that disagrees and whose proposals are tied."""
+
+
 def verify(
     model: DeformableDetr,
     proto: onnx.ModelProto,
@@ -63,17 +85,19 @@ def verify(
 
     Raises ParityError at the first figure beyond MAX_BOX_ERROR (of the image's side) or MAX_SCORE_ERROR.
     """
-    session = probing_session(proto)
+    sessions = {FUNCTION: probing_session(proto)}
+    if (library := plugins.onnxruntime_library()) is not None:
+        sessions[KERNEL] = probing_session(proto, library)
     records = []
     for canvas in canvases:
         for batch_size in BATCH_SIZES:
-            record = _compare(model, session, canvas, batch_size, seed)
-            report(record)
-            records.append(record)
+            for record in _compare(model, sessions, canvas, batch_size, seed):
+                report(record)
+                records.append(record)
     return tuple(records)
 
 
-def probing_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def probing_session(proto: onnx.ModelProto, library: Path | None = None) -> onnxruntime.InferenceSession:
     """The model in ONNX Runtime on the CPU, its raw outputs beside its own; `proto` itself is not changed."""
     probe = onnx.ModelProto()
     probe.CopyFrom(proto)
@@ -82,41 +106,62 @@ def probing_session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.enable_mem_pattern = False  # a run of each shape: a plan of its memory would not be used again
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _compare(
-    model: DeformableDetr, session: onnxruntime.InferenceSession, canvas: Canvas, batch_size: int, seed: int
-) -> ParityRecord:
+    model: DeformableDetr,
+    sessions: Mapping[str, onnxruntime.InferenceSession],
+    canvas: Canvas,
+    batch_size: int,
+    seed: int,
+) -> list[ParityRecord]:
+    """Each session's record of one batch, which PyTorch answers once; drawn anew for all of them where one is tied."""
     fills = FILLS[:batch_size] if batch_size > 1 else (FILL_ALONE,)
     where = [f"canvas {canvas}, batch of {batch_size}, slot {slot}" for slot in range(batch_size)]
     redraws_left = MAX_REDRAWS
     while True:
         pictures = draw_pictures(canvas, fills, seed + 1000 * redraws_left)
-        want, margins = pytorch_answers(model, pictures)
-        boxes, scores, labels, *raw = session.run(
-            [*OUTPUTS, *RAW_OUTPUTS], {"images": pictures.images, "sizes": pictures.sizes}
-        )
-        got = _answers(torch.from_numpy(raw[0]), torch.from_numpy(raw[1]))
-        errors = [query_errors(want, got, slot) for slot in range(batch_size)]
-        redraw = False
-        for slot, (place, margin, error) in enumerate(zip(where, margins, errors, strict=True)):
-            check_top(boxes[slot], scores[slot], labels[slot], got, slot, model.config, place)
-            agree = error[0] <= MAX_BOX_ERROR and error[1] <= MAX_SCORE_ERROR
-            if not agree and margin < CUT_MARGIN and redraws_left:
-                redraw = True
-                continue
-            _check(error[0], MAX_BOX_ERROR, "box error", place)
-            _check(error[1], MAX_SCORE_ERROR, "score error", place)
-        if not redraw:
-            return ParityRecord(
-                canvas=canvas,
-                batch_size=batch_size,
-                max_box_error=max(box for box, _ in errors),
-                max_score_error=max(score for _, score in errors),
-                detections_compared=int(scores.size),
-            )
-        redraws_left -= 1
+        case = Case(canvas, pictures, *pytorch_answers(model, pictures), where)
+        try:
+            return [_record(case, name, session, model.config, redraws_left) for name, session in sessions.items()]
+        except _Tied:
+            redraws_left -= 1
+
+
+def _record(
+    case: Case, engine: str, session: onnxruntime.InferenceSession, config: DeformableDetrConfig, redraws_left: int
+) -> ParityRecord:
+    """Raises ParityError, or _Tied where a slot disagrees that may be drawn anew."""
+    pictures = case.pictures
+    boxes, scores, labels, *raw = session.run(
+        [*OUTPUTS, *RAW_OUTPUTS], {"images": pictures.images, "sizes": pictures.sizes}
+    )
+    got = _answers(torch.from_numpy(raw[0]), torch.from_numpy(raw[1]))
+    errors = [query_errors(case.want, got, slot) for slot in range(len(case.where))]
+    tied = False
+    for slot, (place, margin, error) in enumerate(zip(case.where, case.margins, errors, strict=True)):
+        place = f"{place}, {engine}"
+        check_top(boxes[slot], scores[slot], labels[slot], got, slot, config, place)
+        agree = error[0] <= MAX_BOX_ERROR and error[1] <= MAX_SCORE_ERROR
+        if not agree and margin < CUT_MARGIN and redraws_left:
+            tied = True
+            continue
+        _check(error[0], MAX_BOX_ERROR, "box error", place)
+        _check(error[1], MAX_SCORE_ERROR, "score error", place)
+    if tied:
+        raise _Tied
+    return ParityRecord(
+        canvas=case.canvas,
+        batch_size=len(case.where),
+        max_box_error=max(box for box, _ in errors),
+        max_score_error=max(score for _, score in errors),
+        engine=engine,
+        detections_compared=int(scores.size),
+    )
 
 
 def draw_pictures(canvas: Canvas, fills: Sequence[tuple[float, float]], seed: int) -> Pictures:

@@ -33,6 +33,8 @@ def small(variant: str) -> DeformableDetrConfig:
     )
     if variant == "r50":
         config = replace(config, backbone_block="basic", backbone_norm="batch")
+    if variant == "r50-refine":  # pictures so large that its decoder samples before it projects
+        config = replace(config, resize_shortest=320, resize_longest=480)
     if variant == "r50-two-stage":
         config = replace(config, category_ids=CATEGORY_IDS, category_names=("a", "b", "c", "d"))
     return config

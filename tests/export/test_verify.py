@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from bundle import Canvas
+import plugins
+from bundle import Canvas, ParityRecord
+from export import verify as verification
 from export.verify import (
     FILLS,
     MAX_SCORE_ERROR,
@@ -48,8 +52,36 @@ def test_a_changed_weight_is_a_parity_error(exported: Callable[[str], Exported],
     proto = done.proto()
     bias = {"scores": "model.class_embed.0.bias", "boxes": "model.bbox_embed.0.layers.2.bias"}[name]
     what = {"scores": "score error", "boxes": "box error"}[name]
-    with pytest.raises(ParityError, match=rf"^{what} 0\.\d+ exceeds 0\.001 \(canvas 64x96, batch of 1, slot 0\)$"):
+    with pytest.raises(
+        ParityError, match=rf"^{what} 0\.\d+ exceeds 0\.001 \(canvas 64x96, batch of 1, slot 0, onnxruntime\)$"
+    ):
         verify(done.model, nudged(proto, bias, 0.5), CANVASES)
+
+
+@pytest.mark.skipif(plugins.onnxruntime_library() is None, reason="the native kernel is not built")
+def test_the_kernel_is_verified_too(exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel whose answers are another model's, while the function's are right."""
+    done = exported("r50-two-stage")
+    proto = done.proto()
+    wrong = nudged(done.proto(), "model.class_embed.0.bias", 0.5)
+    real = verification.probing_session
+
+    def session(_: onnx.ModelProto, library: Path | None = None) -> onnxruntime.InferenceSession:
+        return real(proto) if library is None else real(wrong, library)
+
+    records: list[ParityRecord] = []
+    monkeypatch.setattr(verification, "probing_session", session)
+    with pytest.raises(ParityError, match=r"^score error .*, slot 0, onnxruntime\+msda\)$"):
+        verify(done.model, proto, CANVASES, records.append)
+    assert not records
+
+
+def test_without_a_kernel_the_function_is_verified(
+    exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = exported("r50-two-stage")
+    monkeypatch.setattr(plugins, "onnxruntime_library", lambda: None)
+    assert {record.engine for record in verify(done.model, done.proto(), CANVASES[:1])} == {"onnxruntime"}
 
 
 def test_a_small_error_is_not_rounded_away(exported: Callable[[str], Exported]) -> None:
