@@ -16,6 +16,7 @@ from export import op
 from export.feed_forward import feed_forward_as_convolutions
 from export.fold import fold_batch_norms
 from export.late_values import project_values_late
+from export.proposal_scores import score_one_class
 from export.pyramid import usual_pixels
 from export.served_graph import MAX_DETECTIONS, ServedGraph
 from models import DeformableDetr
@@ -42,6 +43,7 @@ def trace(model: DeformableDetr, max_detections: int = MAX_DETECTIONS, *, for_cp
     served = ServedGraph(copy.deepcopy(model), max_detections).eval().requires_grad_(False)
     served.model.geometry = rectangle_geometry  # what its mask always is
     fold_batch_norms(served)
+    score_one_class(served.model)
     if for_cpu:
         feed_forward_as_convolutions(served.model)
         project_values_late(served.model, usual_pixels(model.config))

@@ -181,8 +181,6 @@ class DeformableDetr(nn.Module):
         outputs.update(layers[-1])
         if self.training:
             outputs["aux_outputs"] = layers[:-1]
-        else:
-            outputs.pop("enc_outputs", None)
         return outputs
 
     def _pyramid(self, pixel_values: Tensor) -> list[Tensor]:
@@ -224,11 +222,16 @@ class DeformableDetr(nn.Module):
         transformer = self.transformer
         encoded = transformer.enc_output_norm(transformer.enc_output(memory * inside[..., None].to(memory.dtype)))
         scores = self.class_embed[-1](encoded)
-        boxes = self.bbox_embed[-1](encoded) + logits  # before the sigmoid
-        outputs["enc_outputs"] = {"pred_logits": scores, "pred_boxes": boxes.sigmoid()}
         # The official code ranks proposals by the first class alone: its encoder is trained on "object or not".
-        best = scores[..., 0].topk(self.config.num_queries, dim=1).indices  # [N, Q]
-        reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach().sigmoid()
+        best = scores[..., 0].topk(self.config.num_queries, dim=1).indices[..., None]  # [N, Q, 1]
+        if self.training:
+            boxes = self.bbox_embed[-1](encoded) + logits  # before the sigmoid
+            outputs["enc_outputs"] = {"pred_logits": scores, "pred_boxes": boxes.sigmoid()}
+            boxes = boxes.gather(1, best.expand(-1, -1, 4))
+        else:  # the other pixels' boxes are of no use
+            chosen = encoded.gather(1, best.expand(-1, -1, encoded.shape[-1]))  # [N, Q, C]
+            boxes = self.bbox_embed[-1](chosen) + logits.gather(1, best.expand(-1, -1, 4))
+        reference = boxes.detach().sigmoid()
         position, content = self._box_queries(reference)
         return content, position, reference
 
