@@ -20,14 +20,13 @@
 namespace {
 
 constexpr int kMaxLevelPoints = MSDA_MAX_LEVEL_POINTS;
-constexpr int kWarp = 32, kThreads = 256;
-constexpr int kBlocksPerProcessor = 3;  // what registers are kept for
+constexpr int kWarp = 32, kThreads = 128;
+constexpr int kBlocksPerProcessor = 5;  // 96 registers a thread: eight loads in flight
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kSquare = 4, kSquareQueries = kSquare * kSquare;
 constexpr int64_t kBusyThreads = 1 << 18;  // as many as the largest GPUs hold: below it a unit gets more lanes
 constexpr int64_t kSquaresQueries = 1 << 13;  // below it blocks of squares would leave processors idle
 constexpr int64_t kMaxGridYZ = 65535;  // and in x there are fewer blocks than queries
-static_assert(kThreads >= kMaxLevelPoints, "a thread fills in each level");
 
 struct Launch {
   const void *value, *sampling_offsets, *attention_logits;
@@ -48,6 +47,18 @@ struct Level {
   int start;  // its first pixel
   int end;  // the pixel after its last one
 };
+
+// base + index * size, in one instruction where the compiler would make several.
+template <typename T>
+__device__ const T* at(const T* base, unsigned index, unsigned size = sizeof(T)) {
+#ifdef __CUDA_ARCH__
+  const T* address;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(size), "l"(base));
+  return address;
+#else
+  return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(base) + static_cast<uint64_t>(index) * size);
+#endif
+}
 
 // --- types of value: how 16 bytes, or one number, become floats and come back ---
 
@@ -142,29 +153,24 @@ struct Chunk<T, 1> {
 // Every block works the table out for itself: no copy, and no kernel before this one. A level that does not lie within
 // the pixels of value is emptied, so that whatever spatial_shapes say nothing else is read.
 __device__ void fill_levels(const Launch& p, Level* levels) {
-  const int l = static_cast<int>(threadIdx.x);
-  const bool mine = l < p.levels;
-  Level level = {0, 0, 0, 0};
-  if (mine) {
+  for (int l = static_cast<int>(threadIdx.x); l < p.levels; l += kThreads) {
     const int64_t h = p.spatial_shapes ? __ldg(p.spatial_shapes + 2 * l) : p.sides[2 * l];
     const int64_t w = p.spatial_shapes ? __ldg(p.spatial_shapes + 2 * l + 1) : p.sides[2 * l + 1];
-    if (h >= 1 && w >= 1 && h <= p.pixels && w <= p.pixels && h * w <= p.pixels) {
-      level.width = static_cast<int>(w);
-      level.height = static_cast<int>(h);
-    }
-    levels[l] = level;
+    const bool sound = h >= 1 && w >= 1 && h <= p.pixels && w <= p.pixels && h * w <= p.pixels;
+    levels[l] = {sound ? static_cast<int>(w) : 0, sound ? static_cast<int>(h) : 0, 0, 0};
   }
   __syncthreads();
-  int64_t start = 0;
-  for (int before = 0; mine && before < l; ++before)
-    start += static_cast<int64_t>(levels[before].width) * levels[before].height;
-  __syncthreads();
-  if (mine) {
-    const int64_t end = start + static_cast<int64_t>(level.width) * level.height;
-    if (end > p.pixels) level = {0, 0, 0, 0};
-    else level.start = static_cast<int>(start), level.end = static_cast<int>(end);
-    levels[l] = level;
+  for (int l = static_cast<int>(threadIdx.x); l < p.levels; l += kThreads) {
+    int64_t start = 0;
+    for (int before = 0; before < l; ++before)
+      start += static_cast<int64_t>(levels[before].width) * levels[before].height;
+    const int64_t end = start + static_cast<int64_t>(levels[l].width) * levels[l].height;
+    levels[l].start = static_cast<int>(end <= p.pixels ? start : -1);
+    levels[l].end = static_cast<int>(end <= p.pixels ? end : -1);
   }
+  __syncthreads();
+  for (int l = static_cast<int>(threadIdx.x); l < p.levels; l += kThreads)
+    if (levels[l].end < 0) levels[l] = {0, 0, 0, 0};
   __syncthreads();
 }
 
@@ -183,7 +189,7 @@ __device__ int pixel_at(const Launch& p, const Level* levels, int place) {
 
 // --- a unit ---
 
-// A sampled point: its four pixels (-1: outside the level) and their weights; (y0,x0) (y0,x1) (y1,x0) (y1,x1).
+// A sampled point: its four pixels and their weights; -1 and zero outside the level. (y0,x0) (y0,x1) (y1,x0) (y1,x1).
 struct Point {
   int4 pixel;
   float4 weight;
@@ -207,34 +213,22 @@ __device__ Point locate(const Launch& p, const Level& level, const float* refere
     y = (__ldg(reference + 1) + offset.y * __ldg(reference + 3) * scale) * h - 0.5f;
   }
   if (!(x > -1 && y > -1 && x < w && y < h)) return {make_int4(-1, -1, -1, -1), make_float4(0, 0, 0, 0)};
-  const float x_floor = floorf(x), y_floor = floorf(y);
-  const float fx = x - x_floor, fy = y - y_floor;
-  const int x0 = static_cast<int>(x_floor), y0 = static_cast<int>(y_floor);
+  const int x0 = static_cast<int>(floorf(x)), y0 = static_cast<int>(floorf(y));
+  const float fx = x - static_cast<float>(x0), fy = y - static_cast<float>(y0);
   const bool left = x0 >= 0, right = x0 + 1 < level.width, top = y0 >= 0, bottom = y0 + 1 < level.height;
   const int base = level.start + y0 * level.width + x0;
-  return {make_int4(top && left ? base : -1, top && right ? base + 1 : -1, bottom && left ? base + level.width : -1,
-                    bottom && right ? base + level.width + 1 : -1),
-          make_float4((1 - fx) * (1 - fy) * attention, fx * (1 - fy) * attention, (1 - fx) * fy * attention,
-                      fx * fy * attention)};
+  const bool inside[4] = {top && left, top && right, bottom && left, bottom && right};
+  return {make_int4(inside[0] ? base : -1, inside[1] ? base + 1 : -1, inside[2] ? base + level.width : -1,
+                    inside[3] ? base + level.width + 1 : -1),
+          make_float4(inside[0] ? (1 - fx) * (1 - fy) * attention : 0, inside[1] ? fx * (1 - fy) * attention : 0,
+                      inside[2] ? (1 - fx) * fy * attention : 0, inside[3] ? fx * fy * attention : 0)};
 }
 
-// In one instruction, where the compiler would make eight of the same sum and product.
-__device__ const char* pixel_address(const char* value, int pixel, unsigned stride) {
-#ifdef __CUDA_ARCH__
-  asm("mad.wide.u32 %0, %1, %2, %0;" : "+l"(value) : "r"(pixel), "r"(stride));
-  return value;
-#else
-  return value + static_cast<uint64_t>(static_cast<unsigned>(pixel)) * stride;
-#endif
-}
-
-// Zeros for no pixel.
+// Leaves what is there where there is no pixel.
 template <typename Stored>
-__device__ Stored load_pixel(const char* value, int pixel, unsigned stride) {
-  Stored stored{};
-  const char* const address = pixel_address(value, pixel, stride);
+__device__ void load_pixel(const char* value, int pixel, unsigned stride, Stored& stored) {
+  const char* const address = at(value, static_cast<unsigned>(pixel), stride);
   if (pixel >= 0) stored = __ldg(reinterpret_cast<const Stored*>(address));
-  return stored;
 }
 
 template <typename T, int kWidth>
@@ -269,6 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward(const _
   const int part = member / p.lanes, parts = p.team / p.lanes;  // of the points, when the team shares them out
   const int chunks = p.channels / kWidth;
   const unsigned stride = p.heads * p.channels * static_cast<unsigned>(sizeof(Scalar));  // bytes from pixel to pixel
+  const char* const image = static_cast<const char*>(p.value) + n * p.pixels * stride;
   // A lane's place in the table: as the lanes are, with every row of 8 turned, so that neither a warp's writing nor the
   // teams' reading of one point each meets in a bank.
   const int warp = static_cast<int>(threadIdx.x) - lane;
@@ -287,25 +282,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward(const _
     const float* const references = p.reference_points + row * p.levels * p.reference_dim;
 
     float top = -INFINITY;
-    for (int i = member; active && i < p.level_points; i += p.team) top = fmaxf(top, T::widen(__ldg(logits + i)));
+    for (int i = member; active && i < p.level_points; i += p.team) top = fmaxf(top, T::widen(__ldg(at(logits, i))));
     for (int step = 1; step < p.team; step *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
 
     for (int first_chunk = 0; first_chunk < chunks; first_chunk += p.lanes) {
       const int chunk = first_chunk + (member & (p.lanes - 1));
       const bool reads = active && chunk < chunks;
-      const char* const value = static_cast<const char*>(p.value) + n * p.pixels * stride +
-                                (static_cast<int64_t>(head) * chunks + chunk) * int64_t{sizeof(Stored)};
+      const char* const value = at(image, static_cast<unsigned>(head * chunks + chunk), unsigned{sizeof(Stored)});
       float sum[kWidth] = {};
       float total = 0;
+      // Outside of a level nothing is loaded: what is still here, zeros or values that this unit has read before, gets
+      // the weight zero. So a number that is none spoils no unit but those that read it.
+      Stored stored[2][4] = {};
       for (int first_point = 0; first_point < p.level_points; first_point += p.team) {
         const int i = first_point + member;
         Point point = {make_int4(-1, -1, -1, -1), make_float4(0, 0, 0, 0)};
         if (active && i < p.level_points) {
           const int l = i * p.level_scale >> 16;
-          const float attention = expf(T::widen(__ldg(logits + i)) - top);
+          const float attention = expf(T::widen(__ldg(at(logits, i))) - top);
           total += attention;
-          point = locate(p, levels[l], references + l * p.reference_dim, Chunk<T, kWidth>::load_pair(offsets + 2 * i),
-                         attention);
+          point = locate(p, levels[l], at(references, l * p.reference_dim),
+                         Chunk<T, kWidth>::load_pair(at(offsets, 2 * i)), attention);
         }
         table.pixels[own_place] = point.pixel;
         table.weights[own_place] = point.weight;
@@ -314,15 +311,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) forward(const _
           const int end = min(p.team, p.level_points - first_point);
           // Two points at a time, for eight loads in flight. There are two, as there are two lanes to a part.
           for (int k = part; k < end; k += 2 * parts) {
-            Stored stored[2][4];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
               const int other = k + j * parts;
               const int4 pixel = table.pixels[warp + (team_place ^ other ^ (other >> 3))];
-              stored[j][0] = load_pixel<Stored>(value, pixel.x, stride);
-              stored[j][1] = load_pixel<Stored>(value, pixel.y, stride);
-              stored[j][2] = load_pixel<Stored>(value, pixel.z, stride);
-              stored[j][3] = load_pixel<Stored>(value, pixel.w, stride);
+              load_pixel(value, pixel.x, stride, stored[j][0]);
+              load_pixel(value, pixel.y, stride, stored[j][1]);
+              load_pixel(value, pixel.z, stride, stored[j][2]);
+              load_pixel(value, pixel.w, stride, stored[j][3]);
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {

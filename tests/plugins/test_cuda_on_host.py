@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,11 +129,18 @@ ENCODER = Case(
 )
 
 
-@pytest.mark.parametrize("kind", [FLOAT32, FLOAT16], ids=["float32", "float16"])
-@pytest.mark.parametrize("entry", ["msda_forward_cuda", "msda_forward_cuda_host_shapes"])
+@pytest.mark.parametrize(
+    ("kind", "entry"), [(FLOAT32, "msda_forward_cuda"), (FLOAT16, "msda_forward_cuda_host_shapes")], ids=str
+)
 def test_queries_that_are_the_pixels_go_by_squares(clean: ctypes.CDLL, kind: int, entry: str) -> None:
     assert ENCODER.queries == sum(h * w for h, w in ENCODER.levels)
     error(clean, ENCODER, kind, entry)
+    assert clean.emulation_grid(0) == -(-ENCODER.queries // 16)
+
+
+def test_a_lane_that_has_read_a_number_that_is_none_forgets_it(clean: ctypes.CDLL) -> None:
+    """A lane of a square does one query after another, and samples outside of a level load nothing new."""
+    error(clean, replace(ENCODER, poison=("value", float("nan"))), FLOAT32)
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
