@@ -7,6 +7,9 @@
 //
 // An encoder's queries are the pixels themselves: a block takes a square of them, whose samples overlap both ways, and
 // all their heads, so that the first-level cache serves most of what the block reads.
+//
+// The sizes chosen below are reasoned from instruction counts and cache lines: no GPU has run it yet
+// (benchmarks/cuda_op.py is to).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
