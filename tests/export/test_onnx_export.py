@@ -184,7 +184,7 @@ def test_disagreement_leaves_the_output_untouched(
 ) -> None:
     done = exported("r50-two-stage")
     output = tmp_path / "bundle"
-    monkeypatch.setattr(onnx_export, "trace", lambda _: done.proto())
+    monkeypatch.setattr(onnx_export, "trace", lambda _, **__: done.proto())
     argv = ["--checkpoint", str(done.checkpoint), "--output", str(output), "--canvases", "64x96", "--with-checkpoint"]
     assert main(argv) == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -193,7 +193,7 @@ def test_disagreement_leaves_the_output_untouched(
     assert read_bundle(output).checkpoint_path is not None
 
     bad = nudged(done.proto(), "model.class_embed.0.bias", 0.5)
-    monkeypatch.setattr(onnx_export, "trace", lambda _: bad)
+    monkeypatch.setattr(onnx_export, "trace", lambda _, **__: bad)
     capsys.readouterr()
     assert main(argv) == 1
     told = capsys.readouterr()
@@ -238,7 +238,7 @@ def test_a_picture_that_no_canvas_holds_is_said(
     exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = exported("r50-two-stage")
-    monkeypatch.setattr(onnx_export, "trace", lambda _: done.proto())
+    monkeypatch.setattr(onnx_export, "trace", lambda _, **__: done.proto())
     said: list[str] = []
     export(Request(done.checkpoint, tmp_path / "bundle", canvases=(Canvas(height=64, width=96),)), said.append)
     warnings = [line for line in said if line.startswith("warning")]
@@ -273,7 +273,7 @@ def test_a_card_goes_beside_the_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     done = exported("r50-two-stage")
-    monkeypatch.setattr(onnx_export, "trace", lambda _: done.proto())
+    monkeypatch.setattr(onnx_export, "trace", lambda _, **__: done.proto())
     card, output = tmp_path / "README.md", tmp_path / "bundle"
     argv = ["--checkpoint", str(done.checkpoint), "--output", str(output), "--canvases", "64x96", "--attach", str(card)]
     assert main(argv) == 1
