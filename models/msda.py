@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugins import torch_op
+from plugins import torch_cuda, torch_op
 
 OUTSIDE = 3.0  # of a level that spans -1..1, however small its pixels are
 
@@ -113,6 +113,8 @@ def ms_deform_attn(
     check_shapes(*inputs)
     if torch_op.serves(inputs):
         return torch_op.forward(inputs)
+    if torch_cuda.serves(inputs):
+        return torch_cuda.forward(inputs)
     return reference_ms_deform_attn(*inputs)
 
 
