@@ -74,7 +74,10 @@ class TensorRT(Flavour):
 
 
 class TensorRTRTX(Flavour):
-    """TensorRT-RTX builds without a GPU, for several at once: GeForce and workstation cards from Turing on."""
+    """TensorRT-RTX builds without a GPU, for several at once: GeForce and workstation cards.
+
+    For Turing (sm75) release 1.7 has no float32 matrix products, which every network here has some of.
+    """
 
     name = "rtx"
 
