@@ -12,7 +12,10 @@ def feed_forward_as_convolutions(model: DeformableDetr) -> None:
     matrix product each is a pass over the network's largest tensor, [N, S, ffn_dim].
     """
     for layer in model.transformer.encoder.layers:
-        layer.linear1, layer.linear2 = _ToMap(layer.linear1), _FromMap(layer.linear2)
+        first, second = layer.linear1, layer.linear2
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        layer.linear1, layer.linear2 = _ToMap(first), _FromMap(second)
 
 
 def _convolution(linear: nn.Linear) -> nn.Conv2d:

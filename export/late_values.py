@@ -24,7 +24,9 @@ def project_values_late(model: DeformableDetr, pixels: int) -> bool:
     if pixels * config.hidden_dim < _SAMPLE_COST * samples:
         return False
     for layer in model.transformer.decoder.layers:
-        layer.cross_attn = LateValues(layer.cross_attn)
+        attention = layer.cross_attn
+        assert isinstance(attention, MSDeformAttn)
+        layer.cross_attn = LateValues(attention)
     return True
 
 

@@ -13,5 +13,6 @@ def score_one_class(model: DeformableDetr) -> None:
     if not model.config.two_stage:
         return
     head = model.class_embed[-1]
+    assert isinstance(head, nn.Linear)
     head.weight = nn.Parameter(head.weight.detach()[:1], requires_grad=False)
     head.bias = nn.Parameter(head.bias.detach()[:1], requires_grad=False)
