@@ -78,7 +78,7 @@ class Batcher:
                 await lane.run(images, canvas)  # allocates, and for a GPU compiles
                 started_s = self._clock()
                 await lane.run(images, canvas)
-                self._estimate.observe(1, self._clock() - started_s)
+                self._estimate.observe(canvas, 1, self._clock() - started_s)
 
         await asyncio.gather(*(warm_lane(lane) for lane in self._lanes))
 
@@ -145,7 +145,7 @@ class Batcher:
             await self._infer_by_halves(lane, entries[half:], canvas, dispatched_s)
             return
         now_s = self._clock()
-        self._estimate.observe(len(entries), now_s - started_s)
+        self._estimate.observe(canvas, len(entries), now_s - started_s)
         for slot, entry in enumerate(entries):
             if not entry.future.done():
                 queue_ms, inference_ms = (dispatched_s - entry.queued_at_s) * 1e3, (now_s - dispatched_s) * 1e3

@@ -2,11 +2,13 @@ import pytest
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
+from bundle import Canvas
 from server.admit import Admission, check_api_key, check_length, timeout_ms
 from server.errors import BadParameter, BodyTooLarge, DeadlineUnmeetable, Draining, QueueFull, Unauthorized
 from server.estimate import Estimate
 
 NOW_S, NEVER_S = 50.0, 1e9
+CANVAS = Canvas(height=64, width=96)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_dispatching_more_than_was_admitted_counts_nothing_twice(admission: Admi
 
 
 def test_a_full_queue_refuses_with_the_time_to_work_it_off(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(images=1, seconds=2.5)
+    estimate.observe(CANVAS, images=1, seconds=2.5)
     with admission.admit(NEVER_S) as first, admission.admit(NEVER_S):
         with pytest.raises(QueueFull, match="2 images are waiting and 3 may: no place for 2 more") as caught:
             first.extend(3, NEVER_S)
@@ -60,7 +62,7 @@ def test_images_with_an_engine_take_no_place_in_the_queue(admission: Admission) 
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(images=1, seconds=2.0)
+    estimate.observe(CANVAS, images=1, seconds=2.0)
     with admission.admit(NOW_S + 0.1):  # nobody ahead: whoever comes is let in
         with pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 4000 ms, 1500 are left") as caught:
             admission.admit(NOW_S + 1.5)
@@ -69,14 +71,14 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(admission: Admissi
 
 
 def test_a_request_does_not_queue_behind_itself(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(images=1, seconds=60.0)  # gone wrong: only a request that is let in can correct it
+    estimate.observe(CANVAS, images=1, seconds=60.0)  # gone wrong: only a request that is let in can correct it
     with admission.admit(NOW_S + 1) as ticket:
         ticket.extend(3, NOW_S + 1)
         assert admission.unanswered == 3
 
 
 def test_others_ahead_count_when_a_request_turns_out_to_be_large(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(images=1, seconds=2.0)
+    estimate.observe(CANVAS, images=1, seconds=2.0)
     refusal = pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 6000 ms, 5000 are left")
     with admission.admit(NEVER_S), admission.admit(NOW_S + 5) as ticket, refusal:
         ticket.extend(2, NOW_S + 5)
@@ -92,10 +94,10 @@ def test_draining_refuses_everyone(admission: Admission) -> None:
 def test_estimate_follows_what_is_measured_and_shares_among_engines() -> None:
     estimate = Estimate(engine_instances=2)
     assert estimate.seconds_for(100) == 0
-    estimate.observe(images=4, seconds=4.0)
+    estimate.observe(CANVAS, images=4, seconds=4.0)
     assert estimate.seconds_for(10) == pytest.approx(5.0)
     for _ in range(50):
-        estimate.observe(images=4, seconds=0.4)
+        estimate.observe(CANVAS, images=4, seconds=0.4)
     assert estimate.seconds_for(10) == pytest.approx(0.5, rel=0.01)
     assert estimate.slowest_batch_s == 4.0
     assert estimate.retry_after_s(0) == 1
