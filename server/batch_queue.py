@@ -20,6 +20,8 @@ class Inferred:
     raw: RawImageDetections
     queue_ms: float
     inference_ms: float
+    answered_s: float = 0.0  # when the engine had it, by the batcher's clock
+    batch_size: int = 1  # of the batch that it was answered in
 
 
 @dataclass(frozen=True, eq=False)

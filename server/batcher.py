@@ -149,7 +149,8 @@ class Batcher:
         for slot, entry in enumerate(entries):
             if not entry.future.done():
                 queue_ms, inference_ms = (dispatched_s - entry.queued_at_s) * 1e3, (now_s - dispatched_s) * 1e3
-                entry.future.set_result(Inferred(raw.of_slot(slot), queue_ms, inference_ms))
+                answer = Inferred(raw.of_slot(slot), queue_ms, inference_ms, now_s, len(entries))
+                entry.future.set_result(answer)
 
     def _stopping(self) -> Draining:
         return Draining("the server is stopping", self._estimate.retry_after_s(self.waiting))
