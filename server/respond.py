@@ -26,6 +26,7 @@ class ImageAnswer:
     height: int
     detections: Sequence[Detection]
     times: StageTimes
+    batch_size: int = 1
 
 
 Outcome: TypeAlias = ImageAnswer | ServiceError

@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from server.options import DetectOptions, category_ids, parse_options
 from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, error_content, json_body
 from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
 from server.service import Service
-from server.timing import StageTimes, server_timing, slowest
+from server.timing import server_timing, slowest, until_answered
 
 T = TypeVar("T")
 
@@ -103,14 +102,14 @@ async def _detect(
     if options.format == "image" and len(uploads) != 1:
         raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")
     ticket.extend(len(uploads), deadline_s)
-    admit_ms = (service.clock() - request.state.arrived_s) * 1e3
-    outcomes = await _while_connected(request.receive, service.detect(uploads, options, deadline_s, ticket, admit_ms))
+    arrived_s: float = request.state.arrived_s
+    request.state.images = len(uploads)
+    outcomes = await _while_connected(request.receive, service.detect(uploads, options, deadline_s, ticket, arrived_s))
     for outcome in outcomes:
         if isinstance(outcome, ServiceError):
             service.metrics.images.labels(outcome.code).inc()
     check_outcomes(outcomes)
 
-    started_s = service.clock()
     media_type = "application/json"
     first = outcomes[0]
     if options.format == "image" and isinstance(first, ImageAnswer) and isinstance(uploads[0], bytes):
@@ -119,16 +118,13 @@ async def _detect(
         content = coco_body(outcomes, service.manifest.categories)
     else:
         content = json_body(outcomes, service.manifest, options, request.state.request_id)
-    times = _finished_times(outcomes, (service.clock() - started_s) * 1e3)
+    answers = [outcome for outcome in outcomes if isinstance(outcome, ImageAnswer)]
+    times = until_answered([answer.times for answer in answers], (service.clock() - arrived_s) * 1e3)
     for each in times:
         service.metrics.observe_image(each)
-    return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(slowest(times))})
-
-
-def _finished_times(outcomes: list[Outcome], respond_ms: float) -> list[StageTimes]:
-    """The stage times of all images with an answer; writing it is part of postprocess."""
-    all_times = [outcome.times for outcome in outcomes if isinstance(outcome, ImageAnswer)]
-    return [replace(times, postprocess=times.postprocess + respond_ms) for times in all_times]
+    request.state.batch_size = max(answer.batch_size for answer in answers)
+    request.state.times = slowest(times)
+    return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(request.state.times)})
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -119,9 +119,14 @@ class Service:
         options: DetectOptions,
         deadline_s: float,
         ticket: Ticket,
-        admit_ms: float = 0.0,
+        arrived_s: float | None = None,
     ) -> list[Outcome]:
-        """The outcome of every upload, in their order. To give up, cancel. Raises BadParameter for unknown classes."""
+        """The outcome of every upload, in their order. To give up, cancel. Raises BadParameter for unknown classes.
+
+        An image's stage times lie end to end, from `arrived_s` (now, if not given) until its outcome is there.
+        """
+        admitted_s = self.clock()
+        came_s = admitted_s if arrived_s is None else arrived_s
         await self.start()  # has happened already, unless the ASGI server knows no lifespan
         wanted_ids = category_ids(options.classes, self.manifest.categories)
 
@@ -129,14 +134,13 @@ class Service:
             try:
                 if isinstance(upload, ImageError):
                     raise upload
-                image = await self._prepare(upload, admit_ms)
+                image = await self._prepare(upload, came_s, admitted_s)
                 inferred = await self.batcher.infer(image, deadline_s, ticket.dispatched)
             except EngineFailed as error:  # has left the queue already
                 return error
             except ServiceError as error:
                 ticket.dispatched()
                 return error
-            started_s = self.clock()
             detections = postprocess(
                 inferred.raw,
                 image.width,
@@ -148,11 +152,12 @@ class Service:
             )
             times = replace(
                 image.times,
-                queue=inferred.queue_ms,
+                # What is left between preprocess and the answer, the way back into the event loop included.
+                queue=(inferred.answered_s - came_s) * 1e3 - image.times.total - inferred.inference_ms,
                 inference=inferred.inference_ms,
-                postprocess=(self.clock() - started_s) * 1e3,
+                postprocess=(self.clock() - inferred.answered_s) * 1e3,
             )
-            return ImageAnswer(image.width, image.height, detections, times)
+            return ImageAnswer(image.width, image.height, detections, times, inferred.batch_size)
 
         if len(uploads) == 1:
             return [await detect_one(uploads[0])]
@@ -175,16 +180,14 @@ class Service:
 
         return await asyncio.get_running_loop().run_in_executor(self._decoders, draw)
 
-    async def _prepare(self, upload: bytes, admit_ms: float) -> PreparedImage:
-        submitted_s = self.clock()
-
+    async def _prepare(self, upload: bytes, arrived_s: float, admitted_s: float) -> PreparedImage:
         def decode_and_preprocess() -> PreparedImage:
             picture = decode(upload, self.settings.max_image_pixels)
             decoded_s = self.clock()
             pixels, canvas = preprocess(picture, self.manifest)
             times = StageTimes(
-                admit=admit_ms,
-                decode=(decoded_s - submitted_s) * 1e3,
+                admit=(admitted_s - arrived_s) * 1e3,
+                decode=(decoded_s - admitted_s) * 1e3,
                 preprocess=(self.clock() - decoded_s) * 1e3,
             )
             return PreparedImage(pixels, canvas, picture.width, picture.height, times)

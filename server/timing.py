@@ -1,6 +1,7 @@
 """An image's stage times. They lie end to end, so that their sum is the request's time in the server."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -12,15 +13,29 @@ class StageTimes:
     preprocess: float = 0.0
     queue: float = 0.0
     inference: float = 0.0
-    postprocess: float = 0.0
+    postprocess: float = 0.0  # until the answer is written
+
+    @property
+    def total(self) -> float:
+        """Milliseconds in all stages."""
+        return self.admit + self.decode + self.preprocess + self.queue + self.inference + self.postprocess
 
 
 STAGES = tuple(field.name for field in fields(StageTimes))
 
 
-def slowest(times: list[StageTimes]) -> StageTimes:
-    """By stage, the longest of several images' times."""
-    return StageTimes(**{stage: max((getattr(each, stage) for each in times), default=0.0) for stage in STAGES})
+def slowest(times: Sequence[StageTimes]) -> StageTimes:
+    """The times of the image that took longest, stage by stage what its request waited for."""
+    return max(times, key=lambda each: each.total, default=StageTimes())
+
+
+def until_answered(times: Sequence[StageTimes], request_ms: float) -> list[StageTimes]:
+    """The times of a request's images, with what it took to answer it in postprocess.
+
+    Whatever no stage has counted so far is in it, too: the slowest image's stages fill `request_ms`.
+    """
+    rest_ms = request_ms - slowest(times).total
+    return [replace(each, postprocess=each.postprocess + rest_ms) for each in times]
 
 
 def server_timing(times: StageTimes) -> str:
