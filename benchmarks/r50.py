@@ -4,9 +4,9 @@
 
 The folder is filled at first: random weights as a checkpoint of the Hugging Face port (or `--checkpoint`, a folder that
 transformers reads), and the exported graph, once as traced and once laid out for a CPU as bundles have it. Each engine
-is a process of its own, and they take turns: a round is one forward of each, so that what disturbs the machine disturbs
-all. Tuned malloc keeps freed blocks (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) instead of handing them back page
-by page.
+is a process of its own, and they take turns: in a round each runs four forwards that count, so that what disturbs the
+machine disturbs all. Tuned malloc keeps freed blocks (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) instead of
+handing them back page by page.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ ENGINES: dict[str, tuple[str, dict[str, str]]] = {  # name in the table -> the w
 }
 WANTED, REFERENCE = "ONNX Runtime, native kernel", "Hugging Face port, tuned malloc"
 GRAPHS = {"plain": False, "cpu": True}
+FORWARDS = 4  # of a turn that count; the one before them fetches what the others' turns drove out of the caches
 NOISE = {"class_embed": 0.1, "attention_weights": 0.1, "bbox_embed": 0.02, "offsets": 0.02, "level_embed": 0.02}
 
 
@@ -134,7 +136,7 @@ def measure(folder: Path, size: Canvas, threads: int, rounds: int, engines: dict
     workers: dict[str, Worker] = {}
     try:
         for name, (engine, variables) in engines.items():
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+            environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
             environment |= {"OMP_NUM_THREADS": str(threads), **variables}
             command = [sys.executable, "-m", "benchmarks.r50_worker", "--engine", engine, "--folder", str(folder)]
             command += ["--size", str(size), "--threads", str(threads)]
@@ -144,10 +146,13 @@ def measure(folder: Path, size: Canvas, threads: int, rounds: int, engines: dict
             workers[name] = Worker(process)
             workers[name].listen()
             workers[name].ask(run=2)  # pages, caches, plans
-        for round_ in range(rounds):
+        pids = [os.getpid(), *(worker.process.pid for worker in workers.values())]
+        started, before = time.perf_counter(), _foreign_seconds(pids)
+        for _ in range(rounds):
             for worker in workers.values():
-                worker.ms += worker.ask(run=1)["ms"]
-            print(f"{size}: round {round_ + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
+                worker.ms += worker.ask(run=1 + FORWARDS)["ms"][1:]
+        foreign = (_foreign_seconds(pids) - before) / (time.perf_counter() - started)
+        print(f"{size}: other programs kept {foreign:.2f} cores busy", flush=True)
         for name, worker in workers.items():
             worker.mib = worker.ask(peak=True)["mib"]
             worker.ask(answers=str(folder / _answers(name, size)))
@@ -156,6 +161,17 @@ def measure(folder: Path, size: Canvas, threads: int, rounds: int, engines: dict
             worker.process.kill()
             worker.process.wait()
     return workers
+
+
+def _foreign_seconds(pids: list[int]) -> float:
+    """Processor time, since the machine started, of everything that is none of these processes."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    ours = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ours += int(fields[11]) + int(fields[12])
+    return (user + nice + system + irq + softirq + steal - ours) / ticks
 
 
 def _answers(name: str, size: Canvas) -> str:
@@ -202,7 +218,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         prepare(folder, args.checkpoint)
-        print(f"{machine()}; {args.threads} threads, batch 1, medians of {args.rounds}", flush=True)
+        print(f"{machine()}; {args.threads} threads, batch 1, medians of {FORWARDS * args.rounds}", flush=True)
         engines = {name: ENGINES[name] for name in args.engines}
         results = {size: measure(folder, size, args.threads, args.rounds, engines) for size in sizes}
         print(table(folder, results))
