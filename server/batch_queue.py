@@ -10,7 +10,6 @@ from bundle import Canvas
 from server.engine import RawImageDetections
 from server.preprocess import PreparedImage
 
-Priority = Literal["interactive", "batch"]
 LeaveReason = Literal["full", "delay", "idle", "drain"]
 LEAVE_REASONS: tuple[LeaveReason, ...] = ("full", "delay", "idle", "drain")
 
