@@ -1,0 +1,95 @@
+"""A server of one's own on a free port of this machine, for as long as a `with` lasts."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from loadtest.errors import ServerNotStarted
+
+START_TIMEOUT_S = 300.0  # an r50 on a CPU warms for a while
+STOP_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+_LOG_LINES = 15
+
+# Never through a proxy, whatever the environment says: it is this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A server that is ready."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def pid(self) -> int:
+        """Of the server itself: it has no children."""
+        return self.process.pid
+
+
+@contextmanager
+def serving(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[ServerProcess]:
+    """`ddetr serve` with these flags, and variables beside those of this process, from ready to drained.
+
+    Raises ServerNotStarted with the end of its log.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "cli.main", "serve", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    variables = {"DDETR_LOG_LEVEL": "warning", **os.environ, **(environment or {})}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(url, process, log)
+            yield ServerProcess(url, process)
+        finally:
+            _stop(process)
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not _is_ready(url):
+        status = process.poll()
+        if status is not None:
+            raise ServerNotStarted(f"the server ended with status {status} before it was ready:\n{_tail(log)}")
+        if time.monotonic() > deadline_s:
+            raise ServerNotStarted(f"the server was not ready after {START_TIMEOUT_S:.0f} s:\n{_tail(log)}")
+        time.sleep(_POLL_S)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with _OPENER.open(f"{url}/readyz", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:  # URLError and HTTPError are such
+        return False
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _tail(log: IO[bytes]) -> str:
+    log.seek(0)
+    return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
