@@ -159,7 +159,9 @@ class RateSearch(_Record):
 
     p99_ms: float = Field(description="the target: 99 of 100 requests are answered within it")
     precision: float = Field(description="how near the highest rate that held and the lowest that did not are brought")
-    rate_rps: float | None = Field(description="the highest rate that held, and held when tried again; null if none did")
+    rate_rps: float | None = Field(
+        description="the highest rate that held, and held when tried again; null if none did"
+    )
     stopped: str = Field(description="why the search ended")
     steps: tuple[RateStep, ...]
 

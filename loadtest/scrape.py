@@ -64,9 +64,7 @@ def between(before: Scrape | None, after: Scrape | None) -> BatchesFormed | None
         for reason, number in sorted(after.reasons.items())
         if number > before.reasons.get(reason, 0.0)
     }
-    return BatchesFormed(
-        round(after.batches - before.batches), round(after.images - before.images), by_size, by_reason
-    )
+    return BatchesFormed(round(after.batches - before.batches), round(after.images - before.images), by_size, by_reason)
 
 
 def _name(above: float, up_to: float) -> str:

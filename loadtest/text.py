@@ -1,6 +1,6 @@
 """A report in words and columns, for a terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from loadtest.report import Candidate, Distribution, Host, Measurement, Plan, RateSearch, Server, Trial, Tuning
 
@@ -57,7 +57,10 @@ def _rows(measurement: Measurement) -> Iterator[tuple[str, str]]:
         yield "server", f"{cpu.cores:.2f} cores{each}"
     generator = measurement.generator
     late = "" if generator.lateness_ms is None else f", p99 of its lateness {generator.lateness_ms.p99:.1f} ms"
-    yield "generator", f"{generator.cpu_cores:.2f} cores{late}, at most {generator.in_flight_peak} requests on their way"
+    yield (
+        "generator",
+        f"{generator.cpu_cores:.2f} cores{late}, at most {generator.in_flight_peak} requests on their way",
+    )
     for number, remark in enumerate(measurement.remarks):
         yield "NOT VALID" if number == 0 and not measurement.valid else "note", remark
 
@@ -96,7 +99,15 @@ def search_result(search: RateSearch) -> list[str]:
 
 def trial_header() -> str:
     """Above the lines of a tuning's trials."""
-    names = (("instances", 9), ("threads", 9), ("batch", 7), ("delay ms", 10), ("score", 9), ("p50 ms", 9), ("p95 ms", 9))
+    names = (
+        ("instances", 9),
+        ("threads", 9),
+        ("batch", 7),
+        ("delay ms", 10),
+        ("score", 9),
+        ("p50 ms", 9),
+        ("p95 ms", 9),
+    )
     return f"  {'':<13}{''.join(f'{name:>{width}}' for name, width in names)}{'batches of':>12}"
 
 

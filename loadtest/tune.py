@@ -69,7 +69,7 @@ def tune(
     serve: Serve,
     space: Space,
     p99_ms: float | None = None,
-    on_trial: Callable[[Trial], None] = lambda trial: None,
+    on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> Tuning:
     """Try candidates and choose. With `p99_ms` for the rate that holds it, else for throughput at saturation.
 
@@ -172,9 +172,7 @@ class _Tuner:
         self._add(candidate, phase, score, decisive, remark)
         return score
 
-    def _rate_within(
-        self, loads: Loads, saturated: Measurement, p99_ms: float
-    ) -> tuple[float, Measurement, str]:
+    def _rate_within(self, loads: Loads, saturated: Measurement, p99_ms: float) -> tuple[float, Measurement, str]:
         """The highest of some shares of the rate at saturation that holds the target, as far as it can still win."""
         measured = saturated
         for share in LOAD_SHARES:
