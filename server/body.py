@@ -1,38 +1,60 @@
 """A request's body, and the image files in it."""
 
-import base64
 import binascii
-from collections.abc import AsyncIterable
-from typing import TYPE_CHECKING
+import re
+from collections.abc import AsyncIterable, Callable
 
 import orjson
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 
-from server.errors import BadBody, BodyTooLarge, ImageError, MediaTypeUnsupported, TooManyImages
-
-if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
+from server.errors import BadBody, BodyTooLarge, ImageError, ImageMislabelled, MediaTypeUnsupported, TooManyImages
+from server.headers import Format, format_of
 
 PART_NAMES = ("images", "image")
 _HINT = "send multipart/form-data with parts named images, one image/* file, or application/json"
 
+_LONGEST_TYPE = 1000
+_LONGEST_BOUNDARY = 256  # RFC 2046 allows 70
+_LONGEST_PART_HEADER = 8192
+_PADDING = re.compile(rb"[ \t]{0,100}\r\n")
+_BAD_FORM = "not well-formed multipart/form-data"
+_CUT_FORM = "the multipart body ends before its closing boundary"
+_MOST_OTHER_VALUES = 100
+_BLANK = re.compile(r"[ \t\r\n\v\f]")
 
-async def read_body(chunks: AsyncIterable[bytes], max_body_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge as soon as it is, whatever the request said of its length."""
+_TYPE_OF_FORMAT: dict[Format, str] = {
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "WEBP": "image/webp",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+}
+_FORMAT_OF_TYPE = {media_type: name for name, media_type in _TYPE_OF_FORMAT.items()} | {"image/jpg": "JPEG"}
+
+
+async def read_body(
+    chunks: AsyncIterable[bytes], max_body_bytes: int, received: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """The whole body. Raises BodyTooLarge as soon as it is, whatever the request said of its length.
+
+    `received` is told the size of every piece before it is kept; what it raises ends the reading.
+    """
     parts: list[bytes] = []
     size = 0
     async for chunk in chunks:
         size += len(chunk)
         if size > max_body_bytes:
             raise BodyTooLarge(f"more than {max_body_bytes} bytes")
+        received(len(chunk))
         parts.append(chunk)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def check_media_type(headers: Headers) -> None:
     """Refuse, before the body is read, what `split_images` could not take apart."""
+    if len(headers.get("content-type", "")) > _LONGEST_TYPE:
+        raise MediaTypeUnsupported(f"a content type of more than {_LONGEST_TYPE} characters")
     media_type = _media_type(headers)
     if media_type not in {"multipart/form-data", "application/json"} and not media_type.startswith("image/"):
         raise MediaTypeUnsupported(f"content type {media_type[:100]!r}: {_HINT}" if media_type else _HINT)
@@ -53,7 +75,7 @@ def split_images(body: bytes, headers: Headers, max_images: int) -> list[bytes |
         return [*_split_multipart(body, options.get(b"boundary", b""), max_images)]
     if media_type == "application/json":
         return _split_json(body, max_images)
-    return [body]
+    return [_check_label(body, media_type)]
 
 
 def _media_type(headers: Headers) -> str:
@@ -61,72 +83,65 @@ def _media_type(headers: Headers) -> str:
 
 
 def _split_multipart(body: bytes, boundary: bytes, max_images: int) -> list[bytes]:
+    """The contents of the parts, by RFC 2046 and without leniency."""
     if not boundary:
         raise BadBody("multipart/form-data without a boundary")
-    parts = _Parts(max_images)
-    try:
-        parser = MultipartParser(boundary, parts.callbacks())
-        parser.write(body)
-        parser.finalize()
-    except FormParserError as error:
-        raise BadBody(f"not well-formed multipart/form-data: {error}") from error
-    if not parts.finished:
-        raise BadBody("the multipart body ends before its closing boundary")
-    if not parts.images:
+    if len(boundary) > _LONGEST_BOUNDARY:
+        raise BadBody(f"multipart/form-data with a boundary of {len(boundary)} bytes; 70 are allowed")
+    delimiter = b"\r\n--" + boundary
+    images: list[bytes] = []
+    if not body:
+        raise BadBody(_CUT_FORM)
+    opening = delimiter if body.startswith(b"\r\n") else delimiter[2:]
+    if not body.startswith(opening):
+        raise BadBody(f"{_BAD_FORM}: it begins with {body[:20]!r} and not with its boundary")
+    position = len(opening)
+    while not body.startswith(b"--", position):
+        padding = _PADDING.match(body, position)
+        if padding is None:
+            raise BadBody(
+                _CUT_FORM if position + 2 > len(body) else f"{_BAD_FORM}: a boundary's line goes on behind it"
+            )
+        if len(images) == max_images:
+            raise TooManyImages(f"more than {max_images} images in one request")
+        begin = _check_part_header(body, padding.end())
+        end = body.find(delimiter, begin)
+        if end < 0:
+            raise BadBody(_CUT_FORM)
+        images.append(body[begin:end])
+        position = end + len(delimiter)
+    if not images:
         raise BadBody("no part named images or image")
-    return parts.images
+    return images
 
 
-class _Parts:
-    """Collects the parts as the parser meets them."""
-
-    def __init__(self, max_images: int) -> None:
-        self.images: list[bytes] = []
-        self.finished = False
-        self._max_images = max_images
-        self._header_name = bytearray()
-        self._header_value = bytearray()
-        self._disposition = b""
-        self._content: list[bytes] = []
-
-    def callbacks(self) -> "MultipartCallbacks":
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": lambda data, start, end: self._header_name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._header_value.extend(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._check_name,
-            "on_part_data": lambda data, start, end: self._content.append(data[start:end]),
-            "on_part_end": self._end,
-            "on_end": self._finish,
-        }
-
-    def _begin(self) -> None:
-        if len(self.images) == self._max_images:
-            raise TooManyImages(f"more than {self._max_images} images in one request")
-        self._disposition = b""
-        self._content = []
-
-    def _end_header(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
-            self._disposition = bytes(self._header_value)
-        self._header_name.clear()
-        self._header_value.clear()
-
-    def _check_name(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        name = options.get(b"name", b"").decode("utf-8", "replace")
-        if name not in PART_NAMES:
-            raise BadBody(f"a part named {name[:100]!r}: files go in parts named images, options in the query string")
-
-    def _end(self) -> None:
-        self.images.append(b"".join(self._content))
-
-    def _finish(self) -> None:
-        self.finished = True
+def _check_part_header(body: bytes, position: int) -> int:
+    """Where the content begins of the part whose header begins at `position`."""
+    end = body.find(b"\r\n\r\n", position - 2, position + _LONGEST_PART_HEADER)
+    if end < 0:
+        if position + _LONGEST_PART_HEADER < len(body):
+            raise BadBody(f"{_BAD_FORM}: the header of a part has more than {_LONGEST_PART_HEADER} bytes")
+        raise BadBody(_CUT_FORM)
+    disposition = b""
+    for line in body[position:end].split(b"\r\n"):
+        field, _, value = line.partition(b":")
+        if field.strip().lower() == b"content-disposition":
+            disposition = value
+    _, options = parse_options_header(disposition.strip())
+    name = options.get(b"name", b"").decode("utf-8", "replace")
+    if name not in PART_NAMES:
+        raise BadBody(f"a part named {name[:100]!r}: files go in parts named images, options in the query string")
+    return end + 4
 
 
 def _split_json(body: bytes, max_images: int) -> list[bytes | ImageError]:
+    # Counted before it is parsed: of 32 MB a parser makes ten million lists. Base64 has none of these characters.
+    objects = body.count(b"{") - 1
+    if objects > max_images + _MOST_OTHER_VALUES:
+        raise TooManyImages(f"{objects} objects in a list, and {max_images} images may be in one request")
+    values = body.count(b"[") + body.count(b",")
+    if values > 4 * max_images + _MOST_OTHER_VALUES:
+        raise BadBody(f"not well-formed JSON: {values} lists and commas for {max_images} images at most")
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -147,6 +162,21 @@ def _from_base64(text: str) -> bytes | ImageError:
     if text.startswith("data:"):  # as a browser's FileReader gives it
         text = text.partition(",")[2]
     try:
-        return base64.b64decode("".join(text.split()), validate=True)  # some encoders break lines
-    except (binascii.Error, ValueError) as error:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError as error:  # binascii's own, or not ASCII
+        if not _BLANK.search(text):
+            return ImageError(f"not base64: {error}")
+    try:  # some encoders break lines; taken out in one go, as a string for each line would take 50 bytes for each
+        return binascii.a2b_base64(text.encode("ascii").translate(None, b" \t\r\n\v\f"), strict_mode=True)
+    except ValueError as error:
         return ImageError(f"not base64: {error}")
+
+
+def _check_label(body: bytes, media_type: str) -> bytes | ImageError:
+    """`body`, or an error where its sender calls it what it is not; `image/*` calls it nothing in particular."""
+    labelled, found = _FORMAT_OF_TYPE.get(media_type), format_of(body)
+    if labelled is None or found is None or labelled == found:
+        return body
+    return ImageMislabelled(
+        f"sent as {media_type}, but it is a {found} file; send it as {_TYPE_OF_FORMAT[found]} or image/*"
+    )

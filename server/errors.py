@@ -5,6 +5,7 @@ ServiceError                 status  code
 │   ├── BadParameter            400  bad_parameter
 │   └── BadBody                 400  bad_body
 ├── Unauthorized                401  unauthorized
+├── BodyTimeout                 408  body_timeout
 ├── BodyTooLarge                413  too_many_bytes
 ├── TooManyImages               413  too_many_images
 ├── MediaTypeUnsupported        415  unsupported_media_type
@@ -14,7 +15,8 @@ ServiceError                 status  code
 │   ├── ImageAnimated           422  image_animated
 │   ├── ShapeUnsupported        422  unsupported_shape
 │   ├── ImageTooLarge           413  too_many_pixels
-│   └── FormatUnsupported       415  unsupported_format
+│   ├── FormatUnsupported       415  unsupported_format
+│   └── ImageMislabelled        415  image_mislabelled
 ├── NothingReadable             422  nothing_readable        several images, and none could be read
 ├── QueueFull                   429  queue_full              with Retry-After
 ├── EngineFailed                500  engine_failed           of one image, too
@@ -64,6 +66,12 @@ class Unauthorized(ServiceError):
     """API keys are set, and the request carries none of them."""
 
     status, code = 401, "unauthorized"
+
+
+class BodyTimeout(ServiceError):
+    """The body comes too slowly: longer than `body_timeout_ms`, or others needed its place."""
+
+    status, code = 408, "body_timeout"
 
 
 class BodyTooLarge(ServiceError):
@@ -126,6 +134,12 @@ class FormatUnsupported(ImageError):
     status, code = 415, "unsupported_format"
 
 
+class ImageMislabelled(ImageError):
+    """The body's content type names another format than the file is in."""
+
+    status, code = 415, "image_mislabelled"
+
+
 class NothingReadable(ServiceError):
     """A request of several images, of which none could be read."""
 
@@ -133,7 +147,7 @@ class NothingReadable(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """`queue_limit` images are waiting already."""
+    """`queue_limit` images are waiting already, or `max_queued_bytes` of uploads; of a lane, its share of these."""
 
     status, code = 429, "queue_full"
 

@@ -77,7 +77,7 @@ def test_broken_forms_are_refused(body: bytes, message: str) -> None:
         split_images(body, FORM, 4)
 
 
-@pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "b" * 5000])
+@pytest.mark.parametrize("boundary", ["", "; boundary=", "; boundary=" + "b" * 500])
 def test_forms_need_a_boundary(boundary: str) -> None:
     with pytest.raises(BadBody, match="boundary|Boundary"):
         split_images(form(("images", b"x")), Headers({"content-type": "multipart/form-data" + boundary}), 4)

@@ -257,10 +257,10 @@ def test_sides_have_a_limit_too(size: tuple[int, int]) -> None:
 
 
 def test_bombs_are_refused_by_their_size() -> None:
-    with pytest.raises(ImageTooLarge, match="361000000 pixels exceeds 1000000 pixels"):
+    with pytest.raises(ImageTooLarge, match="19000x19000 exceeds 1000000 pixels"):
         decode(png_claiming(19000, 19000), LIMIT)
     with pytest.raises(ImageTooLarge):
-        decode(png_claiming(10000, 10000), LIMIT)  # between Pillow's warning and its error
+        decode(png_claiming(10000, 10000), LIMIT)
 
 
 def test_animations_are_refused() -> None:

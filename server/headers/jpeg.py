@@ -1,0 +1,128 @@
+"""JPEG: segments of marker, length and content, then scans of entropy-coded data."""
+
+import re
+import struct
+
+from server.errors import FormatUnsupported, ImageError, ImageTruncated
+from server.headers.exif import read_orientation
+from server.headers.header import UPRIGHT, Header, check_size
+
+_SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
+_RESTARTS = range(0xD0, 0xD8)
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # those are tables
+_DECODED_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+_PROGRESSIVE_FRAMES = {0xC2, 0xCA}
+_JFIF, _EXIF, _ADOBE, _COMMENT = 0xE0, 0xE1, 0xEE, 0xFE
+_APPLICATION = range(0xE0, 0xF0)
+
+_MOST_SEGMENTS = 5000
+"""A profile has up to 255, previews and depth maps of some megabytes hundreds."""
+
+_MOST_JUNK_BYTES = 4096
+"""Between segments, which decoders skip byte by byte."""
+
+MOST_SCANS = 100
+"""Every scan of a progressive JPEG goes over the whole picture; encoders write ten, and a hundred make a bomb."""
+
+# In entropy-coded data 0xff is followed by 0 or is a restart; runs of 0xff are padding.
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
+    """The header, and the file without previews, profiles and texts. Counts the scans of a progressive one."""
+    kept: list[bytes | memoryview] = [data[:2]]
+    view = memoryview(data)
+    orientation: int | None = None
+    frame: bytes | None = None
+    progressive, segments, junk_bytes, dropped_bytes = False, 0, 0, 0
+    position = 2
+    while True:
+        begin = data.find(b"\xff", position)
+        marker = data[begin + 1] if begin >= 0 else data[len(data)]  # raises IndexError: the file is at its end
+        junk_bytes += begin - position
+        if junk_bytes > _MOST_JUNK_BYTES:
+            raise ImageError(f"the JPEG file has more than {_MOST_JUNK_BYTES} bytes that belong to nothing")
+        if marker == 0xFF:
+            position, junk_bytes = begin + 1, junk_bytes + 1
+            continue
+        if marker in {0x00, _TEM, _SOI} or marker in _RESTARTS:
+            position, junk_bytes = begin + 2, junk_bytes + 2
+            continue
+        if marker == _EOI:
+            raise ImageTruncated("the JPEG file ends before its picture begins")
+        (length,) = struct.unpack_from(">H", data, begin + 2)
+        content, position = begin + 4, begin + 2 + length
+        segments += 1
+        if segments > _MOST_SEGMENTS:
+            raise ImageError(f"the JPEG file has more than {_MOST_SEGMENTS} segments before its picture")
+        if length < 2:
+            raise ImageError(f"the JPEG file has a segment of {length} bytes")
+        if position > len(data):
+            raise ImageTruncated(f"the JPEG file ends within a segment of {length} bytes")
+        if marker in _FRAMES:
+            if frame is not None:
+                raise ImageError("the JPEG file has two headers of a picture")
+            frame = data[content:position]
+            progressive = marker in _PROGRESSIVE_FRAMES
+            _check_frame(marker, frame, max_image_pixels)
+        elif marker == _EXIF and orientation is None and data.startswith(b"Exif\0\0", content):
+            orientation = read_orientation(data[content:position])
+        if (marker in _APPLICATION and marker not in {_JFIF, _ADOBE}) or marker == _COMMENT:
+            dropped_bytes += length + 2
+        else:
+            kept.append(view[begin:position])
+        if marker == _SOS:
+            break
+    if frame is None:
+        raise ImageError("the JPEG file has a scan before the header of its picture")
+    layers = data[content]
+    if progressive or layers < frame[5]:
+        _check_scans(data, position)
+    elif data.rfind(b"\xff\xd9", position) < 0:
+        raise ImageTruncated("the JPEG file ends before the picture does")
+    height, width = struct.unpack_from(">HH", frame, 1)
+    file = b"".join([*kept, view[position:]]) if dropped_bytes else data
+    peak_bytes = width * height * (8 if frame[5] != 3 else 4)
+    if progressive or layers < frame[5]:
+        peak_bytes += 2 * _coefficients(frame)
+    return Header("JPEG", width, height, peak_bytes, orientation or UPRIGHT, file)
+
+
+def _check_frame(marker: int, frame: bytes, max_image_pixels: int) -> None:
+    bits, height, width, layers = struct.unpack_from(">BHHB", frame)
+    check_size(width, height, max_image_pixels)
+    if marker not in _DECODED_FRAMES:
+        raise FormatUnsupported(f"JPEG of a kind that hardly anything reads (SOF{marker - 0xC0}) is not supported")
+    if bits != 8:
+        raise FormatUnsupported(f"JPEG with {bits} bits a channel is not supported; send 8")
+    if layers not in {1, 3, 4} or len(frame) < 6 + 3 * layers:
+        raise ImageError(f"the JPEG file's header says that the picture has {layers} channels")
+
+
+def _check_scans(data: bytes, position: int) -> None:
+    """Refuse more scans than anyone writes, and a file without its end. `position`: within the first scan."""
+    scans = 1
+    for _ in range(_MOST_SEGMENTS):
+        found = _MARKER.search(data, position)
+        if found is None:
+            raise ImageTruncated(f"the JPEG file ends in its scan {scans}")
+        marker = data[found.start() + 1]
+        if marker == _EOI:
+            return
+        if marker == _SOS:
+            scans += 1
+            if scans > MOST_SCANS:
+                raise ImageError(f"the JPEG file has more than {MOST_SCANS} scans")
+        (length,) = struct.unpack_from(">H", data, found.end())
+        position = found.end() + length
+    raise ImageError(f"the JPEG file has more than {_MOST_SEGMENTS} segments between its scans")
+
+
+def _coefficients(frame: bytes) -> int:
+    """Of all channels, of which a decoder keeps those of the whole picture where scans refine it."""
+    height, width = struct.unpack_from(">HH", frame, 1)
+    factors = [(frame[at] >> 4, frame[at] & 15) for at in range(7, 7 + 3 * frame[5], 3)]
+    most_across, most_down = max(factor[0] for factor in factors), max(factor[1] for factor in factors)
+    if min(min(factor) for factor in factors) < 1:
+        raise ImageError("the JPEG file's header says that a channel has no samples")
+    return sum(width * height * across * down // (most_across * most_down) for across, down in factors)

@@ -1,0 +1,169 @@
+"""TIFF: a directory of tags, and strips or tiles of pixels where it says."""
+
+import math
+import struct
+
+from server.errors import FormatUnsupported, ImageError, ImageTruncated
+from server.headers.directory import LONG, RATIONAL, SHORT, UNDEFINED, Directory, read_directory
+from server.headers.exif import ORIENTATION_TAG
+from server.headers.header import UPRIGHT, Header, check_size
+
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
+_COLORS, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES = 320, 322, 323, 324, 325
+_EXTRA_SAMPLES, _SAMPLE_FORMAT, _JPEG_TABLES = 338, 339, 347
+_YCBCR_WEIGHTS, _YCBCR_SUBSAMPLING, _REFERENCE_BLACK_WHITE = 529, 530, 532
+
+# The tags that say how pixels are stored, and the most values that each may have. Nothing else reaches the decoder.
+_SHORT_LISTS = {
+    _BITS: 6,
+    _PHOTOMETRIC: 1,
+    266: 1,  # order of bits
+    292: 1,  # options of fax compressions
+    293: 1,
+    _PLANAR: 1,
+    317: 1,  # predictor
+    _COLORS: 3 << 8,
+    _EXTRA_SAMPLES: 4,
+    _SAMPLE_FORMAT: 6,
+    _YCBCR_SUBSAMPLING: 2,
+}
+_RATIONALS = {_YCBCR_WEIGHTS: 3, _REFERENCE_BLACK_WHITE: 6}
+_MOST_JPEG_TABLES_BYTES = 1 << 16
+_MOST_SAMPLES = 6
+
+_NO_COMPRESSION, _JPEG = 1, 7
+_COMPRESSIONS = {_NO_COMPRESSION, 2, 3, 4, 5, _JPEG, 8, 32773, 32946}  # fax, LZW, JPEG, deflate, PackBits
+_OTHER_COMPRESSIONS = {6: "JPEG as before 1995", 34712: "JPEG 2000", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP"}
+_COMPRESSION_NAMES = "none, LZW, deflate, PackBits, JPEG or fax"
+
+_SEPARATE_PLANES = 2
+_LARGEST_TILE_PIXELS = 1 << 22
+
+
+def read_tiff(data: bytes, max_image_pixels: int) -> Header:
+    """The first picture's header, and a file of that picture alone. Further pages are left out."""
+    try:
+        return _read(data, max_image_pixels)
+    except ValueError as error:
+        raise ImageError(f"the TIFF file's directory cannot be read: {error}") from error
+
+
+def _read(data: bytes, max_image_pixels: int) -> Header:
+    directory = read_directory(data)
+    width, height = _one(directory, _WIDTH, 0), _one(directory, _HEIGHT, 0)
+    if width < 1 or height < 1:
+        raise ImageError(f"the TIFF file's directory says that the picture has {width}x{height} pixels")
+    check_size(width, height, max_image_pixels)
+    compression = _one(directory, _COMPRESSION, _NO_COMPRESSION)
+    if compression not in _COMPRESSIONS:
+        name = _OTHER_COMPRESSIONS.get(compression, f"number {compression}")
+        raise FormatUnsupported(f"TIFF with compression {name} is not supported; send one with {_COMPRESSION_NAMES}")
+    samples = _one(directory, _SAMPLES, 1)
+    if not 1 <= samples <= _MOST_SAMPLES:
+        raise ImageError(f"the TIFF file's directory says that a pixel has {samples} samples")
+    tags: dict[int, tuple[int, ...]] = {
+        tag: _several(directory, tag, most) for tag, most in _SHORT_LISTS.items() if tag in directory.entries
+    }
+    bits = sum(tags.get(_BITS, (1,))) if len(tags.get(_BITS, (1,))) > 1 else samples * tags.get(_BITS, (1,))[0]
+    planes = samples if tags.get(_PLANAR, (1,))[0] == _SEPARATE_PLANES else 1
+    tags |= {_WIDTH: (width,), _HEIGHT: (height,), _COMPRESSION: (compression,), _SAMPLES: (samples,)}
+    tags |= (
+        _tiles(directory, width, height, planes)
+        if _TILE_OFFSETS in directory.entries
+        else _strips(directory, width, height, planes, bits if planes == 1 else bits // planes, compression)
+    )
+    orientation = _one(directory, ORIENTATION_TAG, UPRIGHT)
+    peak_bytes = width * height * (8 + (bits + 7) // 8) + 2 * len(data)
+    file = _write(directory, tags)
+    return Header("TIFF", width, height, peak_bytes, orientation if 1 <= orientation <= 8 else UPRIGHT, file)
+
+
+def _strips(
+    directory: Directory, width: int, height: int, planes: int, bits: int, compression: int
+) -> dict[int, tuple[int, ...]]:
+    rows = min(height, _one(directory, _ROWS_PER_STRIP, height))
+    if rows < 1:
+        raise ImageError("the TIFF file's directory says that its strips have no rows")
+    tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, planes * math.ceil(height / rows), compression)
+    if compression == _NO_COMPRESSION:
+        row_bytes = (width * bits + 7) // 8
+        last_rows = height - (math.ceil(height / rows) - 1) * rows
+        if tags[_STRIP_OFFSETS][-1] + last_rows * row_bytes > len(directory.data):
+            raise ImageTruncated("the TIFF file ends before its picture does")
+    return tags | {_ROWS_PER_STRIP: (rows,)}
+
+
+def _tiles(directory: Directory, width: int, height: int, planes: int) -> dict[int, tuple[int, ...]]:
+    across, down = _one(directory, _TILE_WIDTH, 0), _one(directory, _TILE_HEIGHT, 0)
+    if across < 1 or down < 1 or across * down > max(_LARGEST_TILE_PIXELS, 4 * width * height):
+        raise ImageError(
+            f"the TIFF file's directory says that a picture of {width}x{height} has tiles of {across}x{down}"
+        )
+    count = planes * math.ceil(width / across) * math.ceil(height / down)
+    compression = _one(directory, _COMPRESSION, _NO_COMPRESSION)
+    return _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, compression) | {
+        _TILE_WIDTH: (across,),
+        _TILE_HEIGHT: (down,),
+    }
+
+
+def _pieces(
+    directory: Directory, offsets_tag: int, bytes_tag: int, count: int, compression: int
+) -> dict[int, tuple[int, ...]]:
+    """Where the strips or tiles are, as many as the picture has; surplus ones are left out."""
+    if offsets_tag not in directory.entries:
+        raise ImageError("the TIFF file's directory does not say where its pixels are")
+    found = min(
+        directory.entries[offsets_tag].count, directory.entries.get(bytes_tag, directory.entries[offsets_tag]).count
+    )
+    if found < count:
+        raise ImageTruncated(f"the TIFF file's directory has {found} of {count} strips or tiles")
+    offsets = directory.integers(offsets_tag, count)
+    if bytes_tag not in directory.entries:
+        if compression != _NO_COMPRESSION:
+            raise ImageError("the TIFF file's directory does not say how long its strips or tiles are")
+        return {offsets_tag: offsets}
+    sizes = directory.integers(bytes_tag, count)
+    if compression != _NO_COMPRESSION and max(map(int.__add__, offsets, sizes)) > len(directory.data):
+        raise ImageTruncated("the TIFF file ends before its picture does")
+    return {offsets_tag: offsets, bytes_tag: sizes}
+
+
+def _one(directory: Directory, tag: int, default: int) -> int:
+    return _several(directory, tag, 1)[0] if tag in directory.entries else default
+
+
+def _several(directory: Directory, tag: int, most: int) -> tuple[int, ...]:
+    count = directory.entries[tag].count
+    if not 1 <= count <= most:
+        raise ImageError(f"the TIFF file's directory has {count} values for tag {tag}, which has 1 to {most}")
+    return directory.integers(tag, count)
+
+
+def _write(directory: Directory, tags: dict[int, tuple[int, ...]]) -> bytes:
+    """The file with a directory of `tags`, and no other, behind its data."""
+    order, data = directory.order, directory.data
+    contents: dict[int, tuple[int, int, bytes]] = {}  # type, count, values
+    for tag, values in tags.items():
+        kind, letter = (SHORT, "H") if max(values) < 1 << 16 else (LONG, "I")
+        contents[tag] = kind, len(values), struct.pack(f"{order}{len(values)}{letter}", *values)
+    for tag, count in _RATIONALS.items():
+        entry = directory.entries.get(tag)
+        if entry is not None and entry.kind == RATIONAL and entry.count == count:
+            contents[tag] = RATIONAL, count, directory.content(tag)
+    tables = directory.entries.get(_JPEG_TABLES)
+    if tables is not None and tables.kind == UNDEFINED and tables.count <= _MOST_JPEG_TABLES_BYTES:
+        contents[_JPEG_TABLES] = UNDEFINED, tables.count, directory.content(_JPEG_TABLES)
+    start = len(data) + len(data) % 2
+    values_at = start + 2 + 12 * len(contents) + 4
+    entries, values_behind = b"", b""
+    for tag, (kind, count, content) in sorted(contents.items()):
+        value = content.ljust(4, b"\0")
+        if len(content) > 4:
+            value = struct.pack(f"{order}I", values_at + len(values_behind))
+            values_behind += content + bytes(len(content) % 2)
+        entries += struct.pack(f"{order}HHI", tag, kind, count) + value
+    magic = data[:2] + struct.pack(f"{order}HI", 42, start)
+    directory_bytes = struct.pack(f"{order}H", len(contents)) + entries + bytes(4) + values_behind
+    return b"".join([magic, memoryview(data)[8:], bytes(len(data) % 2), directory_bytes])
