@@ -20,10 +20,7 @@ def hand_over(verb: str, module: str, extra: str, argv: Sequence[str]) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", module.partition(".")[0]):
             raise
-        print(
-            f"ddetr {verb} needs the {extra} extra: pip install 'ddetr[{extra}]' ({missing} is not installed)",
-            file=sys.stderr,
-        )
+        say_missing_extra(verb, extra, missing)
         return EXIT_MISSING_EXTRA
     # argparse names the program after argv[0]: the usage line shall say what was typed.
     name = sys.argv[0]
@@ -35,3 +32,11 @@ def hand_over(verb: str, module: str, extra: str, argv: Sequence[str]) -> int:
         return EXIT_FAILED
     finally:
         sys.argv[0] = name
+
+
+def say_missing_extra(verb: str, extra: str, library: str) -> None:
+    """One line on stderr: what is not installed, and how to install it."""
+    print(
+        f"ddetr {verb} needs the {extra} extra: pip install 'ddetr[{extra}]' ({library} is not installed)",
+        file=sys.stderr,
+    )

@@ -18,6 +18,7 @@ VERBS = {
     "export": "turn a checkpoint into a bundle, verified against PyTorch",
     "train": "train or fine-tune on COCO-format data",
     "evaluate": "measure a checkpoint's AP on COCO-format data",
+    "bench": "measure a server's throughput and latency, or find the best settings",
 }
 
 EXAMPLE = """\

@@ -66,7 +66,7 @@ def _stages(axes: Axes, measurements: Sequence[Measurement]) -> None:
     for row, measurement in enumerate(measurements):
         left = 0.0
         for (name, found), colour in zip(measurement.stages_ms.items(), _STAGE_COLOURS, strict=False):
-            axes.barh(row, found.mean, left=left, color=colour, label=name if row == 0 else None)
+            axes.barh(row, found.mean, 0.5, left=left, color=colour, label=name if row == 0 else None)
             left += found.mean
     axes.set_yticks(range(len(measurements)), [load_name(measurement) for measurement in measurements])
     axes.set(xlabel="mean time in the server by stage, ms", ylim=(-0.6, len(measurements) + 0.2))

@@ -6,11 +6,11 @@ rank: p99 is the least value that 99 in 100 do not exceed.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 CURVE_STEPS = 100
 
 Kind = Literal["open loop", "closed loop", "saturation and open loop", "rate search", "tuning"]
@@ -35,12 +35,13 @@ class Distribution(_Record):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Self | None:
-        """Of these values; None if there are none."""
+        """Of these values, rounded to a thousandth; None if there are none."""
         ordered = sorted(values)
         if not ordered:
             return None
-        ranks = {f"p{rank}": percentile(ordered, rank) for rank in (50, 90, 95, 99)}
-        return cls(count=len(ordered), mean=math.fsum(ordered) / len(ordered), max=ordered[-1], **ranks)
+        found = {f"p{rank}": percentile(ordered, rank) for rank in (50, 90, 95, 99)}
+        found |= {"mean": math.fsum(ordered) / len(ordered), "max": ordered[-1]}
+        return cls(count=len(ordered), **{name: round(value, 3) for name, value in found.items()})
 
 
 def percentile(ordered: Sequence[float], rank: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from loadtest.report import Candidate, Distribution, Host, Measurement, Plan, RateSearch, Server, Trial, Tuning
 
-_LABEL = 14
+_LABEL = 16
 
 
 def headline(host: Host, server: Server, pictures: str) -> list[str]:
