@@ -4,10 +4,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 from starlette.datastructures import Headers
 
 from bundle import Canvas
@@ -15,7 +15,8 @@ from server.admit import Admission, Ticket
 from server.batch_queue import BatchQueue
 from server.batcher import Batcher
 from server.body import split_images
-from server.decode import decode, prepare_decoding
+from server.decode import prepare_decoding
+from server.decoders import Decoders
 from server.draw import draw_detections, encode_png
 from server.engine import Engine
 from server.errors import EngineFailed, ImageError, ServiceError
@@ -37,6 +38,9 @@ _STALL_FACTOR = 5
 
 # Up to here taking a body apart is quicker than handing it to a thread; 30 MB of JSON would hold everyone up for 0.3 s.
 _INLINE_BYTES = 1 << 20
+
+# What drawing takes of a pixel beside the picture: its copy, and the file.
+_DRAWING_BYTES = 8
 
 
 class Service:
@@ -65,7 +69,9 @@ class Service:
         )
         self._decoding = Progress(clock)
         prepare_decoding(settings.decode_threads)
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._decoders = Decoders(
+            settings.decode_threads, settings.max_image_pixels, settings.max_decode_bytes, self._decoding
+        )
         self._started = False
         self._start_lock = asyncio.Lock()
         metrics.watch_queue(lambda: self.batcher.waiting)
@@ -97,7 +103,7 @@ class Service:
         """Drain, and let everything go. Requests under way have ended, or are failed now."""
         self.drain()
         await self.batcher.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoders.stop()
 
     def why_not_ready(self) -> str | None:
         """Why no request should be sent here, or None."""
@@ -169,20 +175,19 @@ class Service:
         most = min(self.settings.max_images_per_request, self.settings.queue_limit)
         if len(body) <= _INLINE_BYTES:
             return split_images(body, headers, most)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, split_images, body, headers, most)
+        return await self._decoders.run(split_images, body, headers, most)
 
     async def draw(self, upload: bytes, detections: Sequence[Detection]) -> bytes:
         """The upload as a PNG with its detections drawn on it."""
 
-        def draw() -> bytes:
-            # Decoded a second time: to keep every picture until its answer is there would cost far more.
-            return encode_png(draw_detections(decode(upload, self.settings.max_image_pixels), detections))
+        def draw(picture: Image.Image) -> bytes:
+            return encode_png(draw_detections(picture, detections))
 
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, draw)
+        # Decoded a second time: to keep every picture until its answer is there would cost far more.
+        return await self._decoders.decode(upload, draw, more_bytes_a_pixel=_DRAWING_BYTES)
 
     async def _prepare(self, upload: bytes, arrived_s: float, admitted_s: float) -> PreparedImage:
-        def decode_and_preprocess() -> PreparedImage:
-            picture = decode(upload, self.settings.max_image_pixels)
+        def prepare(picture: Image.Image) -> PreparedImage:
             decoded_s = self.clock()
             pixels, canvas = preprocess(picture, self.manifest)
             times = StageTimes(
@@ -192,10 +197,7 @@ class Service:
             )
             return PreparedImage(pixels, canvas, picture.width, picture.height, times)
 
-        self._decoding.begin()
-        work = self._decoders.submit(decode_and_preprocess)
-        work.add_done_callback(lambda _: self._decoding.end())  # when the thread is free, not when the client has left
-        return await asyncio.wrap_future(work)
+        return await self._decoders.decode(upload, prepare)
 
 
 def _blank(canvas: Canvas) -> Pixels:

@@ -39,6 +39,9 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(
         50_000_000, ge=1, le=_PILLOW_LIMIT_PIXELS, description="most pixels of an image, by its header"
     )
+    max_decode_bytes: int = Field(
+        1 << 30, ge=1, description="memory that large pictures being decoded share; one alone may take more"
+    )
     max_images_per_request: int = Field(32, ge=1, description="most images in one request")
     decode_threads: int = Field(default_factory=available_cores, ge=1, le=256, description="threads that decode")
 

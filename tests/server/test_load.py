@@ -267,7 +267,7 @@ def test_a_decoder_that_hangs_is_seen_when_its_client_has_left(
         gate.wait(timeout=30)
 
     async def test(site: Site) -> None:
-        monkeypatch.setattr("server.service.decode", hang)
+        monkeypatch.setattr("server.decoders.decode_picture", hang)
         try:
             request = site.post()
             await asyncio.to_thread(entered.wait)

@@ -1,0 +1,130 @@
+"""The threads that decode, and the memory that large pictures take turns for."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from PIL import Image
+
+from server.decode import decode_picture
+from server.headers import Header, read_header
+from server.progress import Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SMALL_BYTES = 16 << 20
+"""A picture that takes no more while it is decoded is small: 4 megapixels of a plain JPEG."""
+
+
+@dataclass(frozen=True)
+class _Large:
+    header: Header
+
+
+class Allowance:
+    """So many bytes, lent in the order of asking. Used in one event loop."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total = total_bytes
+        self.free_bytes = total_bytes
+        self._turns: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def borrow(self, amount: int) -> int:
+        """Wait for `amount`, or for all there is if it is more; returns what is to be given back."""
+        amount = min(amount, self._total)
+        if not self._turns and amount <= self.free_bytes:
+            self.free_bytes -= amount
+            return amount
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._turns.append((amount, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._serve()  # those behind it may fit
+            else:
+                self.give_back(amount)
+            raise
+        return amount
+
+    def give_back(self, amount: int) -> None:
+        """What was borrowed is free again."""
+        self.free_bytes += amount
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._turns:
+            amount, turn = self._turns[0]
+            if not turn.done():
+                if amount > self.free_bytes:
+                    return  # whoever is first waits until it fits: large ones must not starve
+                self.free_bytes -= amount
+                turn.set_result(None)
+            self._turns.popleft()
+
+
+class Decoders:
+    """Decodes pictures beside the event loop.
+
+    Small pictures and large ones have threads of their own: however many large ones come, a small one waits for small
+    ones only. Large ones wait, outside of any thread, until the memory that they take is free.
+    """
+
+    def __init__(self, threads: int, max_image_pixels: int, max_decode_bytes: int, progress: Progress) -> None:
+        self._max_image_pixels = max_image_pixels
+        self._small = ThreadPoolExecutor(threads, "decode")
+        self._large = ThreadPoolExecutor(threads, "decode-large")
+        self._allowance = Allowance(max_decode_bytes)
+        self._progress = progress
+
+    async def decode(self, data: bytes, then: Callable[[Image.Image], T], more_bytes_a_pixel: int = 0) -> T:
+        """`then` of the picture in `data`, in a thread; what it makes takes `more_bytes_a_pixel` beside the picture.
+
+        Raises ImageError or one of its kinds.
+        """
+
+        def peak_bytes(header: Header) -> int:
+            return header.peak_bytes + more_bytes_a_pixel * header.width * header.height
+
+        def decode_small() -> T | _Large:
+            header = read_header(data, self._max_image_pixels)
+            return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_picture(header))
+
+        result = await self._run(self._small, decode_small)
+        if not isinstance(result, _Large):
+            return result
+        header = result.header
+        borrowed = await self._allowance.borrow(peak_bytes(header))
+        loop = asyncio.get_running_loop()
+        # The memory is free when the thread is done, which may be after the caller has given up.
+        return await self._run(
+            self._large,
+            lambda: then(decode_picture(header)),
+            lambda: loop.call_soon_threadsafe(self._allowance.give_back, borrowed),
+        )
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`function` in a thread of those for small pictures."""
+        return await self._run(self._small, lambda: function(*args, **kwargs))
+
+    def stop(self) -> None:
+        """End the threads once their work is done, without waiting for it."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(
+        self, pool: ThreadPoolExecutor, work: Callable[[], T], when_done: Callable[[], object] | None = None
+    ) -> T:
+        def done(_: Future[T]) -> None:
+            self._progress.end()
+            if when_done is not None:
+                when_done()
+
+        self._progress.begin()
+        future = pool.submit(work)
+        future.add_done_callback(done)
+        return await asyncio.wrap_future(future)
