@@ -111,7 +111,7 @@ $(SERVING): pyproject.toml | $(BIN)/python
 $(READY): pyproject.toml $(SERVING)
 	@echo "installing what tests, training and export need into $(VENV): some minutes ..."
 	@$(INSTALL) $(TORCH_PIP_ARGS) "$(TORCH)"
-	@$(INSTALL) --editable ".[bench,export,train,rtx,dev]"
+	@$(INSTALL) --editable ".[bench,export,otel,train,rtx,dev]"
 	@$(INSTALL) --no-deps "$(TENSORRT_HEADERS)"
 	-@$(BIN)/python -m plugins.build libmsda_tensorrt.so
 	@touch $@

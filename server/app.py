@@ -1,21 +1,31 @@
 """Wires the service: settings, bundle, engines, routes. The one place where everything meets."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from bundle import BundleError, read_bundle
+from server.docs import build_docs_router
 from server.engine import Engine, open_engines
 from server.errors import ServiceError, StartupError
+from server.keys import ApiKeys, Gate
 from server.metrics import Metrics
+from server.metrics_port import listening
 from server.observe import Observe
 from server.page import build_page_router
-from server.routes import build_router, error_response, http_error_response
+from server.routes import build_metrics_router, build_router, error_response, http_error_response
 from server.service import Service
 from server.settings import Settings
+from server.trace import Tracing, open_tracing
+from server.version import version
+
+# FastAPI would make spans of its own beside ours, where a provider is set for the whole process.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engine] | None = None) -> FastAPI:
@@ -26,38 +36,69 @@ def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engin
     """
     settings = settings or Settings()
     metrics = Metrics()
+    keys = ApiKeys(settings.api_keys, settings.api_keys_file)
     service = Service(settings, _engines(settings, engine), metrics)
+
+    tracing = open_tracing(version())
+    metrics_router = build_metrics_router(metrics)
+    apart: FastAPI | None = None
+    if settings.metrics_port:
+        apart = FastAPI(openapi_url=None, telemetry=_NO_TELEMETRY)
+        _dress(apart, [metrics_router], service, keys, None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.start()
-        yield
-        await service.stop()
+        async with AsyncExitStack() as stack:
+            if tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, tracing.close)
+            if apart is not None:
+                await stack.enter_async_context(listening(apart, settings.metrics_host, settings.metrics_port))
+            watching = asyncio.create_task(keys.watch())
+            stack.callback(watching.cancel)
+            await service.start()
+            yield
+            await service.stop()
 
     app = FastAPIOffline(  # FastAPI's /docs, without its scripts from elsewhere: many a GPU host has no way out
-        docs_url="/docs",
+        docs_url=None,  # see docs.py
         redoc_url=None,
+        telemetry=_NO_TELEMETRY,
         title="ddetr",
         description="Deformable DETR over HTTP: images in, boxes, classes and scores out.",
         version=service.manifest.model.version,
         lifespan=lifespan,
     )
     app.state.service = service
-    app.include_router(build_router(service))
-    app.include_router(build_page_router())
-    app.add_middleware(Observe, metrics=metrics, clock=service.clock)
+    routers = [build_router(service), build_page_router(), build_docs_router()]
+    _dress(app, routers if apart is not None else [*routers, metrics_router], service, keys, tracing)
+    return app
+
+
+def _dress(
+    app: FastAPI, routers: Iterable[APIRouter], service: Service, keys: ApiKeys, tracing: Tracing | None
+) -> None:
+    """Give `app` its routes, and what every request meets on its way to them and back."""
+    paths = {app.openapi_url or ""}
+    for router in routers:
+        app.include_router(router)
+        paths |= {getattr(route, "path", "") for route in router.routes}
 
     @app.exception_handler(ServiceError)
     async def answer_service_error(request: Request, error: ServiceError) -> Response:
-        if request.url.path == "/detect":
-            metrics.rejected.labels(error.code).inc()
-        return error_response(error)
+        if request.scope["path"] == "/detect":
+            service.metrics.rejected.labels(error.code).inc()
+        request.state.error_code = error.code
+        if error.status == 500:
+            request.state.cause = error.__cause__
+        return error_response(request, error)
 
     @app.exception_handler(HTTPException)
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
         return http_error_response(request, error)
 
-    return app
+    # From the inside to the outside.
+    app.add_middleware(Gate, keys=keys, refuse=answer_service_error)
+    app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 
 def _engines(settings: Settings, engine: Engine | Sequence[Engine] | None) -> Sequence[Engine]:

@@ -1,14 +1,16 @@
 """What Prometheus scrapes; every metric's name is here and nowhere else."""
 
+import platform
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from bundle import Manifest
 from server.batch_queue import LEAVE_REASONS, Batch
 from server.gpu import gpu_collector
 from server.timing import STAGES, StageTimes
+from server.version import version
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -56,6 +58,13 @@ class Metrics:
             registry=self._registry,
         )
         self._queue_depth = Gauge("ddetr_queue_depth", "Images waiting for an engine.", registry=self._registry)
+        self.in_flight = Gauge(
+            "ddetr_requests_in_flight", "Requests to /detect that are not answered yet.", registry=self._registry
+        )
+        Gauge(
+            "ddetr_build_info", "The software in service; always 1.", ["version", "python"], registry=self._registry
+        ).labels(version(), platform.python_version()).set(1)
+        ProcessCollector(registry=self._registry)  # memory, CPU time, open files, start
         self._model_info = Gauge(
             "ddetr_model_info",
             "The model in service; always 1.",

@@ -1,31 +1,50 @@
-"""Around every request: its id, its count, its latency, and an answer even to what nobody foresaw."""
+"""Around every request: its id, its line in the log, its count, its span, and an answer even to what nobody foresaw."""
 
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.harden import harden
 from server.metrics import Metrics
+from server.timing import STAGES, StageTimes
+from server.trace import Tracing
 
-logger = logging.getLogger("ddetr.http")
+logger = logging.getLogger("ddetr.access")
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _CLIENT_GONE = 499
 _MEASURED_ROUTE = "/detect"
+_PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked every few seconds: a line for each would hide the others
+_LONGEST_PATH = 200
 
 
 class Observe:
-    """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state."""
+    """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, clock: Callable[[], float]) -> None:
+    In the state it finds afterwards what the stages knew: `images`, `priority`, `batch_size`, `times`, `error_code`,
+    and as `cause` the exception behind an answer of 500. `paths` are the routes; all else is one route, `unmatched`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        paths: Collection[str],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._clock = clock
+        self._paths = frozenset(paths)
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, observed."""
@@ -33,31 +52,72 @@ class Observe:
             await self._app(scope, receive, send)
             return
         arrived_s = self._clock()
-        request_id = _request_id(Headers(scope=scope))
-        scope.setdefault("state", {}).update(request_id=request_id, arrived_s=arrived_s)
-        status = 0
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, arrived_s=arrived_s)
+        route = self._known_route(scope)
+        span = self._tracing.begin(scope, headers) if self._tracing is not None and route not in _PROBES else None
+        status = bytes_in = bytes_out = 0
+        failure: BaseException | None = None
+
+        async def observed_receive() -> Message:
+            nonlocal bytes_in
+            message = await receive()
+            bytes_in += len(message.get("body", b""))
+            return message
 
         async def observed_send(message: Message) -> None:
-            nonlocal status
+            nonlocal status, bytes_out
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(raw=message["headers"])["X-Request-Id"] = request_id
+                message["headers"] = harden(message.get("headers", ()))
+                message["headers"].append((b"x-request-id", request_id.encode()))
+                if span is not None:
+                    message["headers"].append((b"traceresponse", span.traceparent.encode()))
+            else:
+                bytes_out += len(message.get("body", b""))
             await send(message)
 
+        if route == _MEASURED_ROUTE:
+            self._metrics.in_flight.inc()
         try:
-            await self._app(scope, receive, observed_send)
+            await self._app(scope, observed_receive, observed_send)
         except ClientDisconnect:
             status = _CLIENT_GONE
-        except Exception:
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+        except Exception as error:
+            failure = error
             if status:  # the answer has begun: only the connection's end can tell of the failure
                 raise
+            state["error_code"] = "internal"
             await _send_internal_error(observed_send, request_id)
         finally:
-            route = _route(scope)
-            self._metrics.requests.labels(route, str(status or _CLIENT_GONE)).inc()
-            if route == _MEASURED_ROUTE and status == 200:  # refusals are quick, and would flatter the figure
-                self._metrics.request_latency.observe(self._clock() - arrived_s)
+            status = status or _CLIENT_GONE
+            total_s = self._clock() - arrived_s
+            route = route or _mounted_route(scope)
+            self._metrics.requests.labels(route, str(status)).inc()
+            if route == _MEASURED_ROUTE:
+                self._metrics.in_flight.dec()
+                if status == 200:  # refusals are quick, and would flatter the figure
+                    self._metrics.request_latency.observe(total_s)
+            failure = failure or state.pop("cause", None)
+            level = _level(route, status, failure)
+            if span is not None or logger.isEnabledFor(level):
+                fields = _fields(scope, route, status, bytes_in, bytes_out)
+                fields["total_ms"] = round(total_s * 1e3, 3)
+                if (trace_id := span.trace_id if span is not None else _trace_id(headers)) is not None:
+                    fields["trace_id"] = trace_id
+                if span is not None:
+                    span.end(fields, state.get("times"), total_s, failure)
+                logger.log(
+                    level, "%s %s %d", scope["method"], route, status, extra={"fields": fields}, exc_info=failure
+                )
+            del failure  # its traceback holds this frame
+
+    def _known_route(self, scope: Scope) -> str:
+        """The route that the path names, or nothing."""
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        return path if path in self._paths else ""
 
 
 def _request_id(headers: Headers) -> str:
@@ -66,16 +126,61 @@ def _request_id(headers: Headers) -> str:
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
-def _route(scope: Scope) -> str:
-    """The route's path template; all that match none are one, so that nobody can make labels up."""
+def _trace_id(headers: Headers) -> str | None:
+    """The trace that the caller says the request belongs to."""
+    found = _TRACE_PARENT.match(headers.get("traceparent", ""))
+    return found[1] if found else None
+
+
+def _mounted_route(scope: Scope) -> str:
+    """Where what matches no route of its own is mounted, if anywhere; nobody can make labels up."""
     route: Any = scope.get("route")
     path = getattr(route, "path", None)
     return path if isinstance(path, str) else "unmatched"
 
 
+def _level(route: str, status: int, failure: BaseException | None) -> int:
+    """Errors of ours are errors; what was refused is a warning; who left, and what went well, is information."""
+    if failure is not None or status == 500:
+        return logging.ERROR
+    if status >= 400 and status != _CLIENT_GONE:
+        return logging.WARNING
+    return logging.DEBUG if route in _PROBES else logging.INFO
+
+
+def _fields(scope: Scope, route: str, status: int, bytes_in: int, bytes_out: int) -> dict[str, Any]:
+    """What is known of a request, without a byte of its images, its query or its keys."""
+    state = scope["state"]
+    client = scope.get("client")
+    fields: dict[str, Any] = {
+        "request_id": state["request_id"],
+        "client": client[0] if client else None,
+        "method": scope["method"],
+        "route": route,
+        "status": status,
+    }
+    if route == "unmatched":
+        fields["path"] = scope["path"][:_LONGEST_PATH]
+    if (code := state.get("error_code")) is not None:
+        fields["error"] = code
+    for name in ("images", "batch_size", "priority"):
+        if (value := state.get(name)) is not None:
+            fields[name] = value
+    fields["bytes_in"] = bytes_in
+    fields["bytes_out"] = bytes_out
+    times: StageTimes | None = state.get("times")
+    if times is not None:
+        for stage in STAGES:
+            fields[f"{stage}_ms"] = round(getattr(times, stage), 3)
+    return fields
+
+
 async def _send_internal_error(send: Send, request_id: str) -> None:
-    body = b'{"error":{"code":"internal","message":"an error of the server; its log has it under request id %s"}}'
-    body %= request_id.replace("\\", "\\\\").replace('"', '\\"').encode()
+    quoted = request_id.replace("\\", "\\\\").replace('"', '\\"').encode()
+    body = (
+        b'{"error":{"code":"internal","message":"an error of the server; its log has it under request id %s"},'
+        b'"request_id":"%s"}'
+    ) % (quoted, quoted)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 500, "headers": headers})
     await send({"type": "http.response.body", "body": body})

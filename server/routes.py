@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
-from server.admit import Ticket, check_api_key, check_length, timeout_ms
+from server.admit import Ticket, check_length, timeout_ms
 from server.body import check_media_type, read_body
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
-from server.metrics import CONTENT_TYPE
+from server.metrics import CONTENT_TYPE, Metrics
 from server.options import DetectOptions, category_ids, parse_options
-from server.respond import ImageAnswer, Outcome, check_outcomes, coco_body, error_content, json_body
+from server.respond import ImageAnswer, check_outcomes, coco_body, error_content, json_body
 from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
 from server.service import Service
 from server.timing import server_timing, slowest, until_answered
@@ -40,7 +40,6 @@ def build_router(service: Service) -> APIRouter:
     )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
-        check_api_key(request.headers, settings.api_keys)
         arrived_s: float = request.state.arrived_s
         options = parse_options(request.query_params.multi_items())
         category_ids(options.classes, service.manifest.categories)  # unknown ones are refused before the body is read
@@ -59,14 +58,8 @@ def build_router(service: Service) -> APIRouter:
                 service.metrics.images.labels(ClientGone.code).inc(ticket.images)
                 raise
 
-    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def metrics(request: Request) -> Response:
-        check_api_key(request.headers, settings.api_keys)
-        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
-
     @router.get("/model", summary="The model in service", response_class=Response)
-    async def model(request: Request) -> Response:
-        check_api_key(request.headers, settings.api_keys)
+    async def model() -> Response:
         content = service.manifest.model_dump(mode="json") | {"engine": service.engine_name}
         return _json(content)
 
@@ -89,6 +82,17 @@ def build_router(service: Service) -> APIRouter:
     async def readyz() -> Response:
         reason = service.why_not_ready()
         return _json({"status": "ok"}) if reason is None else _json({"status": reason}, 503)
+
+    return router
+
+
+def build_metrics_router(metrics: Metrics) -> APIRouter:
+    """/metrics: with the other routes, or on a port of its own."""
+    router = APIRouter()
+
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def exposition() -> Response:
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE)
 
     return router
 
@@ -148,21 +152,24 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def error_response(error: ServiceError) -> Response:
-    """`{"error": {"code", "message"}}` with its status and, if it has one, its Retry-After."""
+def error_response(request: Request, error: ServiceError) -> Response:
+    """`{"error": {"code", "message"}, "request_id"}` with its status and, if it has one, its Retry-After."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return _json(error_content(error.code, error.message), error.status, headers)
+    content = error_content(error.code, error.message) | {"request_id": request.state.request_id}
+    return _json(content, error.status, headers)
 
 
 def http_error_response(request: Request, error: HTTPException) -> Response:
     """Starlette's own errors (no such path, no such method) in our form."""
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return _json(error_content(code, message), error.status_code, error.headers)
+    message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
+    request.state.error_code = code
+    content = error_content(code, message) | {"request_id": request.state.request_id}
+    return _json(content, error.status_code, error.headers)
 
 
 def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -10,12 +10,11 @@ import uvicorn
 from server.app import create_app
 from server.engine import Engine
 from server.errors import StartupError
+from server.logs import close_log, open_log
 from server.service import Service
 from server.settings import Settings
 
 logger = logging.getLogger("ddetr.run")
-
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def serve(settings: Settings, engine: Engine | None = None) -> int:
@@ -23,7 +22,14 @@ def serve(settings: Settings, engine: Engine | None = None) -> int:
 
     Returns the exit status: 0, or 1 if it cannot start.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format=_FORMAT)
+    log = open_log(settings.log_level, settings.log_format)
+    try:
+        return _serve(settings, engine)
+    finally:
+        close_log(log)
+
+
+def _serve(settings: Settings, engine: Engine | None) -> int:
     try:
         app = create_app(settings, engine)
     except StartupError as error:
@@ -38,8 +44,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> int:
         ws="none",
         lifespan="on",
         log_config=None,
-        # Requests are counted in metrics; a line for each costs more than it tells.
-        access_log=settings.log_level == "debug",
+        access_log=False,  # see observe.py
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_ms / 1e3),
     )

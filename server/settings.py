@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for any free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else json")
+    metrics_host: str = Field("127.0.0.1", description="address of metrics_port")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port for /metrics alone; 0: it is on `port`")
 
     max_batch_size: int = Field(4, ge=1, le=1024, description="most images in a batch")
     max_delay_ms: float = Field(5.0, ge=0, description="after this wait an image's batch goes before fuller ones")
@@ -49,6 +52,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="comma-separated; a request needs one of them; none: open to all"
     )
+    api_keys_file: Path | None = Field(None, description="file of more keys, one a line; read again when it changes")
 
     @field_validator("api_keys", mode="before")
     @classmethod
@@ -56,6 +60,12 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(key for part in value.split(",") if (key := part.strip()))
         return value
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "Settings":
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ValueError(f"metrics_port {self.metrics_port} is port, too: 0 leaves /metrics there")
+        return self
 
     @model_validator(mode="after")
     def _queue_holds_a_request(self) -> "Settings":

@@ -37,7 +37,8 @@ def boxes(response: Any) -> list[list[float]]:
 
 def error(response: Any) -> tuple[int, str, str]:
     content = response.json()
-    assert content.keys() == {"error"}
+    assert content.keys() == {"error", "request_id"}
+    assert content["request_id"] == response.headers["x-request-id"]
     assert content["error"].keys() == {"code", "message"}
     return response.status_code, content["error"]["code"], content["error"]["message"]
 
@@ -292,9 +293,9 @@ def test_docs_need_nothing_from_outside(client: TestClient) -> None:
     links = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
     assert links
     for link in links:
-        assert link.startswith("/")
-        assert client.get(link).status_code == 200
-    assert "/openapi.json" in page
+        assert not re.match(r"\w+:|//", link)
+        assert client.get("/" + link).status_code == 200
+    assert 'fetch("openapi.json"' in page
     assert client.get("/redoc").status_code == 404
 
 
@@ -354,16 +355,21 @@ def guarded(settings: Settings, engine: FakeEngine) -> Iterator[TestClient]:
         yield client
 
 
-def test_api_keys_guard_all_but_health_and_the_page(guarded: TestClient) -> None:
-    for path in ("/livez", "/readyz", "/"):
+def test_api_keys_guard_all_but_health_and_the_pages(guarded: TestClient) -> None:
+    for path in ("/livez", "/readyz", "/", "/sample.jpg", "/docs", "/static-offline-docs/swagger-ui.css"):
         assert guarded.get(path).status_code == 200
-    for path in ("/model", "/metrics"):
+    for path in ("/model", "/metrics", "/openapi.json"):
         assert error(guarded.get(path))[:2] == (401, "unauthorized")
         assert guarded.get(path, headers={"Authorization": "Bearer two"}).status_code == 200
+    for path in ("/nowhere", "/model/", "/static-offline-docs", "/livez/../model"):
+        assert guarded.get(path, follow_redirects=False).status_code == 401  # nor is it told what there is
     refused = post(guarded)
     assert error(refused)[:2] == (401, "unauthorized")
     assert refused.headers["www-authenticate"] == "Bearer"
     assert post(guarded, **{"X-API-Key": "one"}).status_code == 200
+    text = guarded.get("/metrics", headers={"X-API-Key": "one"}).text
+    assert 'ddetr_requests_total{route="/detect",status="401"} 1.0' in text
+    assert 'ddetr_rejected_total{reason="unauthorized"} 1.0' in text
 
 
 def test_an_error_nobody_foresaw_is_500_with_its_id(

@@ -40,12 +40,12 @@ def test_defaults_serve_the_embedded_bundle() -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDETR_BUNDLE", "/models/cells")
     monkeypatch.setenv("DDETR_MAX_DELAY_MS", "2.5")
-    monkeypatch.setenv("DDETR_API_KEYS", "one, two,,")
+    monkeypatch.setenv("DDETR_API_KEYS", "first-key, second-key,,")
     settings = Settings()
     assert settings.bundle == Path("/models/cells")
     assert settings.max_delay_ms == 2.5
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
-    assert "one" not in repr(settings)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["first-key", "second-key"]
+    assert "first-key" not in repr(settings)
 
 
 @pytest.mark.parametrize(
