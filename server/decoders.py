@@ -81,16 +81,24 @@ class Decoders:
         self._allowance = Allowance(max_decode_bytes)
         self._progress = progress
 
-    async def decode(self, data: bytes, then: Callable[[Image.Image], T], more_bytes_a_pixel: int = 0) -> T:
+    async def decode(
+        self,
+        data: bytes,
+        then: Callable[[Image.Image], T],
+        *,
+        check: Callable[[], object] = lambda: None,
+        more_bytes_a_pixel: int = 0,
+    ) -> T:
         """`then` of the picture in `data`, in a thread; what it makes takes `more_bytes_a_pixel` beside the picture.
 
-        Raises ImageError or one of its kinds.
+        `check` is called when a thread is free; what it raises ends the matter. Raises ImageError or one of its kinds.
         """
 
         def peak_bytes(header: Header) -> int:
             return header.peak_bytes + more_bytes_a_pixel * header.width * header.height
 
         def decode_small() -> T | _Large:
+            check()
             header = read_header(data, self._max_image_pixels)
             return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_picture(header))
 
@@ -98,12 +106,17 @@ class Decoders:
         if not isinstance(result, _Large):
             return result
         header = result.header
+
+        def decode_large() -> T:
+            check()
+            return then(decode_picture(header))
+
         borrowed = await self._allowance.borrow(peak_bytes(header))
         loop = asyncio.get_running_loop()
         # The memory is free when the thread is done, which may be after the caller has given up.
         return await self._run(
             self._large,
-            lambda: then(decode_picture(header)),
+            decode_large,
             lambda: loop.call_soon_threadsafe(self._allowance.give_back, borrowed),
         )
 
