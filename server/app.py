@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from bundle import BundleError, read_bundle
 from server.docs import build_docs_router
-from server.engine import Engine, open_engines
+from server.engine import Engine, OpenEngine, open_engine
 from server.errors import ServiceError, StartupError
 from server.keys import ApiKeys, Gate
 from server.metrics import Metrics
@@ -28,16 +28,20 @@ from server.version import version
 _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
-def create_app(settings: Settings | None = None, engine: Engine | Sequence[Engine] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None, engine: Engine | Sequence[Engine] | OpenEngine | None = None
+) -> FastAPI:
     """The application, with its service at `app.state.service`.
 
-    Without `settings` they come from the environment; without `engine` (one, or one an instance) the bundle that the
-    settings name is opened. Raises StartupError.
+    Without `settings` they come from the environment; without `engine` the bundle that the settings name is opened.
+    An engine that dies or hangs is replaced by calling `engine` again, if it is a callable that opens one; those
+    given as they are (one, or one an instance) are used again as soon as they answer. Raises StartupError.
     """
     settings = settings or Settings()
     metrics = Metrics()
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
-    service = Service(settings, _engines(settings, engine), metrics)
+    engines, reopen = _engines(settings, engine)
+    service = Service(settings, engines, metrics, reopen=reopen)
 
     tracing = open_tracing(version())
     metrics_router = build_metrics_router(metrics)
@@ -101,10 +105,20 @@ def _dress(
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 
-def _engines(settings: Settings, engine: Engine | Sequence[Engine] | None) -> Sequence[Engine]:
-    if engine is None:
-        try:
-            return open_engines(settings, read_bundle(settings.bundle))
-        except BundleError as error:
-            raise StartupError(str(error)) from error
-    return engine if isinstance(engine, Sequence) else [engine]
+def _engines(
+    settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None
+) -> tuple[Sequence[Engine], OpenEngine | None]:
+    """The engines, and what opens one more."""
+    if isinstance(engine, Sequence):
+        return engine, None
+    if engine is not None and not callable(engine):
+        return [engine], None
+
+    def open_from_bundle() -> Engine:
+        return open_engine(settings, read_bundle(settings.bundle))
+
+    open_one = engine or open_from_bundle
+    try:
+        return [open_one() for _ in range(settings.engine_instances)], open_one
+    except BundleError as error:
+        raise StartupError(str(error)) from error

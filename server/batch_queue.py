@@ -1,4 +1,4 @@
-"""Images waiting for an engine, by priority and canvas, and the rule by which they leave. No clock, no loop, no thread."""
+"""Images waiting for an engine, by priority and canvas, and how they leave. No clock, no loop, no thread."""
 
 from asyncio import Future
 from collections.abc import Callable

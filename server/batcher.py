@@ -1,30 +1,34 @@
-"""Forms batches and sees them through the engines. Everything here runs in the event loop but the engines."""
+"""Forms batches and hands them to the engines. Everything here runs in the event loop."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from bundle import Canvas
-from server.batch_queue import Batch, BatchQueue, Entry, Inferred
-from server.engine import Engine, RawDetections, run_engine
-from server.errors import DeadlinePassed, Draining, EngineFailed
+from server.batch_queue import Batch, BatchQueue, Entry, Inferred, Priority
+from server.engine import Engine, OpenEngine
+from server.errors import DeadlinePassed, Draining, EngineFailed, Unavailable
 from server.estimate import Estimate
+from server.lane import Lane, fail
 from server.metrics import Metrics
-from server.preprocess import Pixels, PreparedImage
-from server.progress import Progress
-from server.worker import Worker
+from server.preprocess import PreparedImage
 
-logger = logging.getLogger("ddetr.batcher")
+CHECK_EVERY_S = 0.1
+"""How often `check` wants to be called."""
+
+_LONGEST_RESTART_S = 60.0  # an engine that has not come back by then will not
 
 
 class Batcher:
     """One queue before one or more engines.
 
     A batch leaves as soon as an engine is idle (see `BatchQueue.pop` for which), so batches grow while engines work.
-    An image whose caller has gone or whose deadline has passed does not leave. A batch on which the engine raises is
-    retried by halves, so that an image that cannot be inferred fails alone.
+    Behind the batch that an engine works on lies one more if it is full already, so that a busy engine finds its next
+    batch without waiting for the event loop. It is taken back when an interactive image comes and it holds none, or
+    when another engine is idle.
+
+    An image whose caller has gone or whose deadline has passed does not leave; in a batch that has left and that no
+    engine has begun, it is left out when the engine begins. An image that an engine raises on fails alone (see
+    `infer_each`). The images of a batch that an engine is lost with are tried once more, one by one.
     """
 
     def __init__(
@@ -34,53 +38,90 @@ class Batcher:
         estimate: Estimate,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        reopen: OpenEngine | None = None,
+        stall_timeout_s: float = 1.5,
     ) -> None:
-        self.progress = Progress(clock)  # of the engines: callers that come and go are none
-        self._lanes = [_Lane(engine, index, self.progress) for index, engine in enumerate(engines)]
-        self._idle = list(self._lanes)
         self._queue = queue
         self._estimate = estimate
-        self._metrics = metrics
         self._clock = clock
-        self._running: set[asyncio.Task[None]] = set()  # asyncio itself keeps no hard reference to a task
+        self._lanes = [
+            Lane(
+                engine,
+                f"engine-{index}",
+                reopen,
+                estimate,
+                metrics,
+                clock,
+                stall_timeout_s,
+                lost=self._lost,
+                changed=self._dispatch,
+            )
+            for index, engine in enumerate(engines)
+        ]
+        self._work_came_s = self._checked_s = clock()
         self._draining = False
         self._closed = False
 
     @property
     def waiting(self) -> int:
-        """Images in the queue."""
-        return len(self._queue)
+        """Images that no engine has begun."""
+        return len(self._queue) + sum(lane.waiting for lane in self._lanes)
+
+    @property
+    def works(self) -> bool:
+        """Whether any engine does."""
+        return any(lane.up for lane in self._lanes)
 
     async def infer(
-        self, image: PreparedImage, deadline_s: float, on_dispatch: Callable[[], None] = lambda: None
+        self,
+        image: PreparedImage,
+        deadline_s: float,
+        on_dispatch: Callable[[], None] = lambda: None,
+        priority: Priority = "interactive",
     ) -> Inferred:
-        """The engine's answer for `image`. `on_dispatch` is called when it leaves the queue for an engine.
+        """The engine's answer for `image`. `on_dispatch` is called when an engine begins with it.
 
-        Raises Draining, DeadlinePassed or EngineFailed. To give up, cancel: the image leaves the queue at once.
+        Raises Draining, Unavailable, DeadlinePassed or EngineFailed. To give up, cancel: the image leaves the queue.
         """
         if self._closed:
             raise self._stopping()
         now_s = self._clock()
-        entry = Entry(image, now_s, deadline_s, asyncio.get_running_loop().create_future(), on_dispatch)
+        if not self._busy:
+            self._work_came_s = now_s
+        entry = Entry(image, now_s, deadline_s, asyncio.get_running_loop().create_future(), on_dispatch, priority)
         self._queue.push(entry)
         try:
+            if priority == "interactive":
+                self._make_way()
             self._dispatch()
             return await entry.future
         finally:
             self._queue.discard(entry)
 
-    async def warm(self, canvases: Sequence[Canvas], make_image: Callable[[Canvas], Pixels]) -> None:
-        """Run every engine once on every canvas, so that no request pays for a first time. Errors are raised."""
+    async def warm(self) -> None:
+        """Run every engine on every canvas, so that no request pays for a first time. Errors are raised."""
+        await asyncio.gather(*(lane.warm() for lane in self._lanes))
 
-        async def warm_lane(lane: _Lane) -> None:
-            for canvas in canvases:
-                images = [make_image(canvas)]
-                await lane.run(images, canvas)  # allocates, and for a GPU compiles
-                started_s = self._clock()
-                await lane.run(images, canvas)
-                self._estimate.observe(canvas, 1, self._clock() - started_s)
+    def check(self) -> None:
+        """Look for engines that hang, and bring back those that were lost. To be called every CHECK_EVERY_S."""
+        now_s = self._clock()
+        # A process that was stopped for a while, or whose machine was, must not take its engines for hung.
+        elapsed_s = min(now_s - self._checked_s, 2 * CHECK_EVERY_S)
+        self._checked_s = now_s
+        for lane in self._lanes:
+            lane.check(elapsed_s)
 
-        await asyncio.gather(*(warm_lane(lane) for lane in self._lanes))
+    def trouble(self) -> str | None:
+        """Why engines do not get on with their work, or None."""
+        for lane in self._lanes:
+            if lane.out_of_order is not None:
+                return lane.out_of_order
+            if lane.down_s > _LONGEST_RESTART_S:
+                return f"an engine has been down for {lane.down_s:.0f} s"
+        got_on_s = max(self._work_came_s, *(lane.got_on_s for lane in self._lanes))
+        patience_s = max(lane.patience_s for lane in self._lanes)
+        return "no progress in inference" if self._busy and self._clock() - got_on_s > patience_s else None
 
     def drain(self) -> None:
         """From now on batches leave because of the drain. Images are still taken: their requests are under way."""
@@ -90,92 +131,56 @@ class Batcher:
         """Fail what is left (nothing, if all requests were waited for), and let the engines go."""
         self._closed = True
         for entry in self._queue.drop_expired(float("inf")):
-            _fail(entry, self._stopping())
-        for task in self._running:
-            task.cancel()
-        if self._running:
-            await asyncio.wait(self._running)
+            fail(entry, self._stopping())
         for lane in self._lanes:
             lane.close()
 
+    @property
+    def _busy(self) -> bool:
+        return bool(len(self._queue)) or any(lane.load for lane in self._lanes)
+
     def _dispatch(self) -> None:
-        while self._idle:
-            now_s = self._clock()
-            for entry in self._queue.drop_expired(now_s):
-                _fail(entry, DeadlinePassed("the deadline passed in the queue"))
-            batch = self._queue.pop(now_s, draining=self._draining)
-            if batch is None:
-                return
-            lane = self._idle.pop()
-            task = asyncio.get_running_loop().create_task(self._run(lane, batch, now_s))
-            self._running.add(task)
-            task.add_done_callback(partial(self._finish, lane, batch))
-
-    async def _run(self, lane: "_Lane", batch: Batch, now_s: float) -> None:
-        self._metrics.observe_batch(batch)
-        for entry in batch.entries:
-            entry.on_dispatch()
-        await self._infer_by_halves(lane, batch.entries, batch.canvas, now_s)
-
-    def _finish(self, lane: "_Lane", batch: Batch, task: "asyncio.Task[None]") -> None:
-        """A callback, not a `finally`: a task that is cancelled before it has begun never reaches its `try`."""
-        self._running.discard(task)
-        for entry in batch.entries:  # whatever happened, no future is left waiting
-            _fail(entry, EngineFailed("the engine was stopped"))
-        self._idle.append(lane)
-        self._dispatch()
-
-    async def _infer_by_halves(
-        self, lane: "_Lane", entries: Sequence[Entry], canvas: Canvas, dispatched_s: float
-    ) -> None:
-        entries = [entry for entry in entries if not entry.future.done()]
-        if not entries:
+        if self._closed:
             return
-        started_s = self._clock()
-        try:
-            raw = await lane.run([entry.image.pixels for entry in entries], canvas)
-        except Exception as error:
-            if len(entries) == 1:
-                logger.exception("%s failed on one image of canvas %s", lane.engine.name, canvas)
-                _fail(entries[0], EngineFailed(f"the engine failed on this image: {type(error).__name__}"))
-                return
-            logger.warning("%s failed on %d images, trying halves: %s", lane.engine.name, len(entries), error)
-            half = len(entries) // 2
-            await self._infer_by_halves(lane, entries[:half], canvas, dispatched_s)
-            await self._infer_by_halves(lane, entries[half:], canvas, dispatched_s)
-            return
+        for lane in sorted(self._lanes, key=lambda lane: lane.load):  # the idle ones first
+            if lane.up and lane.load < 2 and (batch := self._next(ahead=lane.load == 1)) is not None:
+                lane.give(batch)
+        if not self.works:
+            self._give_up()
+
+    def _next(self, *, ahead: bool) -> Batch | None:
         now_s = self._clock()
-        self._estimate.observe(canvas, len(entries), now_s - started_s)
-        for slot, entry in enumerate(entries):
-            if not entry.future.done():
-                queue_ms, inference_ms = (dispatched_s - entry.queued_at_s) * 1e3, (now_s - dispatched_s) * 1e3
-                answer = Inferred(raw.of_slot(slot), queue_ms, inference_ms, now_s, len(entries))
-                entry.future.set_result(answer)
+        for entry in self._queue.drop_expired(now_s):
+            fail(entry, DeadlinePassed("the deadline passed in the queue"))
+        batch = self._queue.pop(now_s, draining=self._draining, ahead=ahead)
+        if batch is None and not ahead:  # before it does nothing, an engine takes over what lies behind another's batch
+            batch = next((taken for lane in self._lanes if (taken := lane.take_back()) is not None), None)
+        return batch
+
+    def _make_way(self) -> None:
+        for lane in self._lanes:
+            if lane.behind is not None and lane.behind.yields and (batch := lane.take_back()) is not None:
+                self._queue.put_back(batch)
+
+    def _lost(self, batch: Batch, begun: bool) -> None:
+        """An engine was lost with a batch, or before it had begun it."""
+        if not begun:
+            self._queue.put_back(batch)
+            return
+        for entry in batch.entries:
+            if batch.retry:
+                fail(entry, EngineFailed("the engine was lost with this image, twice"))
+            elif not entry.future.done():
+                self._queue.push_retry(entry)
+
+    def _give_up(self) -> None:
+        """With no engine left: fail what has no chance."""
+        if all(lane.out_of_order is not None for lane in self._lanes):
+            for entry in self._queue.drop_expired(float("inf")):
+                fail(entry, Unavailable("no engine is left", self._estimate.retry_after_s(self.waiting)))
+        elif all(lane.opening_failed for lane in self._lanes):
+            for entry in self._queue.drop_retries():
+                fail(entry, EngineFailed("the engine was lost with this image and cannot be restarted"))
 
     def _stopping(self) -> Draining:
         return Draining("the server is stopping", self._estimate.retry_after_s(self.waiting))
-
-
-class _Lane:
-    """An engine and its thread."""
-
-    def __init__(self, engine: Engine, index: int, progress: Progress) -> None:
-        self.engine = engine
-        self._progress = progress
-        self._worker = Worker(f"engine-{index}")
-
-    async def run(self, images: Sequence[Pixels], canvas: Canvas) -> RawDetections:
-        self._progress.begin()
-        try:
-            return await asyncio.wrap_future(self._worker.submit(run_engine, self.engine, images, canvas))
-        finally:
-            self._progress.end()
-
-    def close(self) -> None:
-        self._worker.submit(self.engine.close)  # after what it still does
-        self._worker.stop()
-
-
-def _fail(entry: Entry, error: Exception) -> None:
-    if not entry.future.done():
-        entry.future.set_exception(error)

@@ -1,6 +1,6 @@
 """What runs the network: one small interface, its implementations as siblings, and the one place that picks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,7 +36,12 @@ class RawImageDetections:
 
 
 class Engine(Protocol):
-    """Runs one batch at a time; its three verbs are called in this order, from one thread that is the engine's own."""
+    """Runs one batch at a time; its three verbs are called in this order.
+
+    `infer` and `finish` are called from one thread that is the engine's own, and so is `prepare`, but from another one:
+    the next batch is prepared while one is inferred. An engine that is handed to a service open (see `create_app`) is
+    warmed again if it dies, by raising on a blank picture, or when it comes back from hanging.
+    """
 
     @property
     def name(self) -> str:
@@ -59,15 +64,23 @@ class Engine(Protocol):
         """Give back what the engine holds; it is not called again."""
 
 
+OpenEngine = Callable[[], Engine]
+
+
 def run_engine(engine: Engine, images: Sequence[Pixels], canvas: Canvas) -> RawDetections:
     """One batch through `engine`. Raises ValueError for an answer that cannot be one."""
     raw = engine.finish(engine.infer(engine.prepare(images, canvas)))
-    _check(raw, len(images))
+    check_answer(raw, len(images))
     return raw
 
 
 def open_engines(settings: Settings, bundle: Bundle) -> list[Engine]:
-    """The engines that the settings ask for: `auto` takes the first kind that this machine and bundle have.
+    """The engines that the settings ask for. Raises StartupError, see `open_engine`."""
+    return [open_engine(settings, bundle) for _ in range(settings.engine_instances)]
+
+
+def open_engine(settings: Settings, bundle: Bundle) -> Engine:
+    """One engine of the kind that the settings ask for: `auto` takes the first that this machine and bundle have.
 
     Raises StartupError, saying what is missing.
     """
@@ -75,10 +88,11 @@ def open_engines(settings: Settings, bundle: Bundle) -> list[Engine]:
         raise StartupError("engine 'tensorrt' is not part of this build; set engine to 'onnxruntime' or 'auto'")
     from server.onnxruntime_engine import OnnxRuntimeEngine  # only the engine in use is imported
 
-    return [OnnxRuntimeEngine(bundle, settings) for _ in range(settings.engine_instances)]
+    return OnnxRuntimeEngine(bundle, settings)
 
 
-def _check(raw: RawDetections, batch_size: int) -> None:
+def check_answer(raw: RawDetections, batch_size: int) -> None:
+    """Raises ValueError for an answer that cannot be one."""
     detections = raw.scores.shape[1] if raw.scores.ndim == 2 else 0
     expected = {
         "boxes": (batch_size, detections, 4),

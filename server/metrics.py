@@ -51,6 +51,12 @@ class Metrics:
         self._batches = Counter(
             "ddetr_batches", "Batches by why they left the queue.", ["reason"], registry=self._registry
         )
+        self.engine_restarts = Counter(
+            "ddetr_engine_restarts",
+            "Engines lost and replaced, by how they were lost.",
+            ["reason"],
+            registry=self._registry,
+        )
         self._padding_ratio = Histogram(
             "ddetr_padding_ratio",
             "Share of a batch's pixels that are padding.",
@@ -77,6 +83,8 @@ class Metrics:
         self._stages = {stage: self._stage_latency.labels(stage) for stage in STAGES}
         for reason in LEAVE_REASONS:
             self._batches.labels(reason)
+        for how in ("died", "hung"):
+            self.engine_restarts.labels(how)
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Ask `depth` for the queue's length at every scrape."""

@@ -3,6 +3,9 @@
 import threading
 from collections.abc import Callable
 
+_FACTOR = 5  # a stage that takes this many times its longest pause so far is stalled
+_FADING = 0.98  # of the longest pause, at every sign of progress
+
 
 class Progress:
     """Counts a stage's work, and remembers when some of it was last done. Work may end in any thread."""
@@ -12,6 +15,7 @@ class Progress:
         self._lock = threading.Lock()
         self._pending = 0
         self._last_s = clock()
+        self._longest_pause_s = 0.0
 
     @property
     def pending(self) -> int:
@@ -28,9 +32,13 @@ class Progress:
     def end(self) -> None:
         """A piece of work is done, whatever came of it."""
         with self._lock:
+            now_s = self._clock()
             self._pending -= 1
-            self._last_s = self._clock()
+            self._longest_pause_s = max(_FADING * self._longest_pause_s, now_s - self._last_s)
+            self._last_s = now_s
 
-    def stalled_s(self) -> float:
-        """Seconds since anything was done; 0 with no work waiting."""
-        return self._clock() - self._last_s if self._pending else 0.0
+    def stalled(self, timeout_s: float) -> bool:
+        """Whether nothing was done for longer than `timeout_s`, and than is usual here, with work waiting."""
+        with self._lock:
+            pause_s = self._clock() - self._last_s if self._pending else 0.0
+            return pause_s > max(timeout_s, _FACTOR * self._longest_pause_s)

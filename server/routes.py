@@ -70,8 +70,8 @@ def build_router(service: Service) -> APIRouter:
         responses={200: {"model": HealthSchema}, 503: {"model": HealthSchema}},
     )
     async def livez() -> Response:
-        stage = service.stalled_stage()
-        return _json({"status": "ok"}) if stage is None else _json({"status": f"no progress in {stage}"}, 503)
+        trouble = service.trouble()
+        return _json({"status": "ok"}) if trouble is None else _json({"status": trouble}, 503)
 
     @router.get(
         "/readyz",

@@ -6,35 +6,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 from starlette.datastructures import Headers
 
-from bundle import Canvas
 from server.admit import Admission, Ticket
 from server.batch_queue import BatchQueue
-from server.batcher import Batcher
+from server.batcher import CHECK_EVERY_S, Batcher
 from server.body import split_images
 from server.decode import prepare_decoding
 from server.decoders import Decoders
 from server.draw import draw_detections, encode_png
-from server.engine import Engine
+from server.engine import Engine, OpenEngine
 from server.errors import EngineFailed, ImageError, ServiceError
 from server.estimate import Estimate
 from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
 from server.postprocess import Detection, postprocess
-from server.preprocess import Pixels, PreparedImage, preprocess
+from server.preprocess import PreparedImage, preprocess
 from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
 from server.settings import Settings
 from server.timing import StageTimes
 
 logger = logging.getLogger("ddetr.service")
-
-# A stage that takes this many times its slowest batch so far is stalled, whatever `stall_timeout_ms` says:
-# a large network on few cores is slow, not stuck.
-_STALL_FACTOR = 5
 
 # Up to here taking a body apart is quicker than handing it to a thread; 30 MB of JSON would hold everyone up for 0.3 s.
 _INLINE_BYTES = 1 << 20
@@ -52,6 +46,7 @@ class Service:
         engines: Sequence[Engine],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        reopen: OpenEngine | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -66,7 +61,10 @@ class Service:
             self._estimate,
             metrics,
             clock,
+            reopen=reopen,
+            stall_timeout_s=settings.stall_timeout_ms / 1e3,
         )
+        self._watching: asyncio.Task[None] | None = None
         self._decoding = Progress(clock)
         prepare_decoding(settings.decode_threads)
         self._decoders = Decoders(
@@ -83,7 +81,8 @@ class Service:
             if self._started:
                 return
             started_s = self.clock()
-            await self.batcher.warm(self.manifest.canvases, _blank)
+            await self.batcher.warm()
+            self._watching = asyncio.create_task(self._watch())
             self._started = True
             logger.info(
                 "%s %s ready on %s: %d canvases warmed in %.1f s",
@@ -102,6 +101,8 @@ class Service:
     async def stop(self) -> None:
         """Drain, and let everything go. Requests under way have ended, or are failed now."""
         self.drain()
+        if self._watching is not None:
+            self._watching.cancel()
         await self.batcher.close()
         self._decoders.stop()
 
@@ -109,15 +110,15 @@ class Service:
         """Why no request should be sent here, or None."""
         if not self._started:
             return "starting"
-        return "draining" if self.admission.draining else None
+        if self.admission.draining:
+            return "draining"
+        return None if self.batcher.works else "restarting the engine"
 
-    def stalled_stage(self) -> str | None:
-        """The stage that has work and makes no progress, or None."""
-        limit_s = max(self.settings.stall_timeout_ms / 1e3, _STALL_FACTOR * self._estimate.slowest_batch_s)
-        for stage, progress in (("decode", self._decoding), ("inference", self.batcher.progress)):
-            if progress.stalled_s() > limit_s:
-                return stage
-        return None
+    def trouble(self) -> str | None:
+        """Why the process should be restarted unless this passes soon: a stage that does not get on. None if all do."""
+        if self._decoding.stalled(self.settings.stall_timeout_ms / 1e3):
+            return "no progress in decode"
+        return self.batcher.trouble()
 
     async def detect(
         self,
@@ -199,6 +200,7 @@ class Service:
 
         return await self._decoders.decode(upload, prepare)
 
-
-def _blank(canvas: Canvas) -> Pixels:
-    return np.zeros((canvas.height, canvas.width, 3), np.uint8)
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_EVERY_S)
+            self.batcher.check()

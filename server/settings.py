@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     queue_limit: int = Field(128, ge=1, description="most images admitted and not yet with an engine")
     default_timeout_ms: float = Field(30_000, gt=0, description="deadline of a request without X-Timeout-Ms")
     drain_timeout_ms: float = Field(30_000, ge=0, description="after SIGTERM, longest wait for requests under way")
-    stall_timeout_ms: float = Field(10_000, gt=0, description="least time without progress that fails /livez")
+    stall_timeout_ms: float = Field(
+        1500, gt=0, description="least time without progress that fails /livez and replaces an engine"
+    )
 
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="most bytes of a request's body")
     max_image_pixels: int = Field(

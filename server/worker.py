@@ -45,6 +45,15 @@ class Worker:
         """End the thread once its calls are done, without waiting for it."""
         self._calls.put(None)
 
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not ended."""
+        return self._thread.is_alive()
+
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()

@@ -1,7 +1,8 @@
 """A deterministic engine: it finds what is bright, and misbehaves when told to."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +24,15 @@ MANIFEST = Manifest(
 BRIGHT = 128
 SCORES = (0.9, 0.6, 0.2)
 POISON = 77  # a grey level: an image with a pixel of exactly this in its first corner makes the engine raise
+TAR = 88  # likewise, and makes it hang
+LETHAL = 99  # likewise, and makes it raise from then on
+
+
+@dataclass
+class Inputs:
+    images: Pixels
+    sizes: np.ndarray
+    canvas: Canvas
 
 
 class FakeEngine:
@@ -32,28 +42,46 @@ class FakeEngine:
         self.manifest = manifest
         self.name = "fake"
         self.batches: list[tuple[int, Canvas]] = []  # size and canvas of each batch that was inferred
+        self.prepared: list[int] = []  # sizes of the batches that were prepared
+        self.threads: dict[str, set[int]] = {"prepare": set(), "infer": set()}
         self.gate = threading.Event()  # closed: `infer` waits for it
         self.gate.set()
         self.entered = threading.Semaphore(0)  # released whenever `infer` begins
-        self.trouble: str | None = None  # "raise", "nan", "shape", "exit"
+        self.left = threading.Semaphore(0)  # released whenever `infer` ends
+        self.trouble: str | None = None  # "raise", "nan", "shape", "exit", "prepare"
+        self.on_infer: Callable[[int], None] = lambda images: None  # what else happens in `infer`, e.g. to the clock
         self.closed = False
-        self._canvas = Canvas(height=1, width=1)
 
-    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, np.ndarray]:
-        self._canvas = canvas
-        return lay_on_canvas(images, canvas)
+    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> Inputs:
+        self.prepared.append(len(images))
+        self.threads["prepare"].add(threading.get_ident())
+        if self.trouble == "prepare":
+            raise RuntimeError("told to")
+        return Inputs(*lay_on_canvas(images, canvas), canvas)
 
-    def infer(self, inputs: tuple[Pixels, np.ndarray]) -> RawDetections:
-        images, sizes = inputs
-        self.batches.append((len(images), self._canvas))
+    def infer(self, inputs: Inputs) -> RawDetections:
+        try:
+            return self._infer(inputs)
+        finally:
+            self.left.release()
+
+    def _infer(self, inputs: Inputs) -> RawDetections:
+        images, sizes = inputs.images, inputs.sizes
+        self.threads["infer"].add(threading.get_ident())
+        self.batches.append((len(images), inputs.canvas))
+        if holds(images, TAR):
+            self.gate.clear()
         self.entered.release()
         if not self.gate.wait(timeout=30):
             raise TimeoutError("nobody opened the gate")
+        self.on_infer(len(images))
+        if holds(images, LETHAL):
+            self.trouble = "raise"
         if self.trouble == "raise":
             raise RuntimeError("told to")
         if self.trouble == "exit":
             raise SystemExit(3)
-        if any((image[0, 0] == POISON).all() for image in images):
+        if holds(images, POISON):
             raise RuntimeError("poison")
         boxes = np.zeros((len(images), 3, 4), np.float32)
         scores = np.zeros((len(images), 3), np.float32)
@@ -77,6 +105,37 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class FakeEngines:
+    """Opens engines, and remembers them."""
+
+    def __init__(self) -> None:
+        self.opened: list[FakeEngine] = []
+        self.trouble: str | None = None  # of what is opened from now on; "open": it cannot be
+        self.gate = threading.Event()  # closed: opening waits for it
+        self.gate.set()
+
+    def __call__(self) -> FakeEngine:
+        if not self.gate.wait(timeout=30):
+            raise TimeoutError("nobody opened the gate")
+        if self.trouble == "open":
+            raise OSError("no device")
+        engine = FakeEngine()
+        engine.trouble = self.trouble
+        self.opened.append(engine)
+        return engine
+
+    def release(self) -> None:
+        """Let every thread go."""
+        self.gate.set()
+        for engine in self.opened:
+            engine.gate.set()
+
+
+def holds(images: Pixels, grey: int) -> bool:
+    """Whether an image of the batch begins with a pixel of exactly this grey level."""
+    return any((image[0, 0] == grey).all() for image in images)
 
 
 def box_of_bright(channel: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bundle import Canvas
-from server.batch_queue import BatchQueue, Entry
+from server.batch_queue import MOST_PASSED_OVER, BatchQueue, Entry, Priority
 from server.preprocess import PreparedImage
 from server.timing import StageTimes
 
@@ -30,10 +30,12 @@ class Entries:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def __call__(self, at_s: float, canvas: Canvas = WIDE, deadline_s: float = NEVER_S) -> Entry:
+    def __call__(
+        self, at_s: float, canvas: Canvas = WIDE, deadline_s: float = NEVER_S, priority: Priority = "interactive"
+    ) -> Entry:
         pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
         image = PreparedImage(pixels, canvas, canvas.width, canvas.height, StageTimes())
-        return Entry(image, at_s, deadline_s, self._loop.create_future(), lambda: None)
+        return Entry(image, at_s, deadline_s, self._loop.create_future(), lambda: None, priority)
 
 
 @pytest.fixture
@@ -132,3 +134,125 @@ def test_answered_and_expired_entries_are_dropped(queue: BatchQueue, entry: Entr
         queue.push(each)
     assert queue.drop_expired(1.0) == [answered, expired]
     assert len(queue) == 1
+
+
+def pushed(queue: BatchQueue, entry: Entries, count: int, at_s: float, **options: object) -> list[Entry]:
+    entries = [entry(at_s, **options) for _ in range(count)]  # type: ignore[arg-type]
+    for each in entries:
+        queue.push(each)
+    return entries
+
+
+def test_ahead_of_an_idle_engine_only_what_cannot_grow_leaves(queue: BatchQueue, entry: Entries) -> None:
+    two = pushed(queue, entry, 2, 0.0)
+    assert queue.pop(0.1, ahead=True) is None
+    assert queue.pop(10.0, ahead=True) is None  # overdue, and it may grow all the same
+    third = pushed(queue, entry, 1, 0.1)
+    batch = queue.pop(0.1, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.reason) == (tuple(two + third), "full")
+
+
+def test_no_full_line_leaves_ahead_of_one_that_is_overdue(queue: BatchQueue, entry: Entries) -> None:
+    pushed(queue, entry, 1, 0.0, canvas=TALL)
+    pushed(queue, entry, 3, 0.1)
+    assert queue.pop(0.2, ahead=True) is not None
+    pushed(queue, entry, 3, 0.3)
+    assert queue.pop(MAX_DELAY_S, ahead=True) is None
+    batch = queue.pop(MAX_DELAY_S)
+    assert batch is not None
+    assert batch.canvas == TALL
+
+
+def test_interactive_images_lead_and_batch_work_fills_their_batch(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 4, 0.0, priority="batch")
+    pushed(queue, entry, 3, 0.0, priority="batch", canvas=TALL)
+    interactive = pushed(queue, entry, 2, 0.3)
+    batch = queue.pop(1.0)
+    assert batch is not None
+    assert batch.entries == (*interactive, bulk[0])
+    assert (batch.canvas, batch.reason, batch.yields) == (WIDE, "full", False)
+
+
+def test_batch_work_leads_when_nobody_else_waits(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 4, 0.0, priority="batch")
+    batch = queue.pop(0.1, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.yields) == (tuple(bulk[:3]), True)
+    assert queue.pop(0.1, ahead=True) is None
+    rest = queue.pop(0.1)
+    assert rest is not None
+    assert rest.entries == (bulk[3],)
+
+
+def test_a_batch_filled_up_with_batch_work_may_still_become_better(queue: BatchQueue, entry: Entries) -> None:
+    pushed(queue, entry, 3, 0.0, priority="batch")
+    pushed(queue, entry, 1, 0.1)
+    assert queue.pop(0.1, ahead=True) is None
+
+
+@pytest.mark.parametrize("canvas", [WIDE, TALL])
+def test_batch_work_does_not_starve(queue: BatchQueue, entry: Entries, canvas: Canvas) -> None:
+    """Of any five batches in a row that leave while some wait, one takes the oldest of them along."""
+    bulk = pushed(queue, entry, 5, 0.0, priority="batch", canvas=canvas)
+    lonely = pushed(queue, entry, 1, 0.5, priority="batch", canvas=Canvas(height=6, width=6))
+    waiting, left_behind = [*bulk, *lonely], 0
+    for turn in range(40):
+        pushed(queue, entry, 3, float(turn))  # interactive images fill every batch
+        batch = queue.pop(float(turn), ahead=True) or queue.pop(float(turn))
+        assert batch is not None
+        left_behind = 0 if waiting[0] in batch.entries else left_behind + 1
+        assert left_behind <= MOST_PASSED_OVER
+        waiting = [each for each in waiting if each not in batch.entries]
+        if not waiting:
+            break
+    assert not waiting
+    assert turn + 1 == 5 * 3  # the two batches of the one canvas, and the lonely one: each the fifth
+
+
+def test_a_batch_by_its_turn_does_not_yield(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+    for _ in range(MOST_PASSED_OVER):
+        pushed(queue, entry, 3, 1.0)
+        assert queue.pop(2.0) is not None
+    batch = queue.pop(2.0, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.yields) == (tuple(bulk), False)
+
+
+def test_what_is_put_back_stands_where_it_stood_and_keeps_its_turn(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+    for _ in range(MOST_PASSED_OVER - 1):
+        pushed(queue, entry, 3, 1.0)
+        assert queue.pop(2.0) is not None
+    batch = queue.pop(2.0, ahead=True)
+    assert batch is not None
+    assert batch.yields
+    interactive = pushed(queue, entry, 3, 3.0)
+    younger = pushed(queue, entry, 1, 3.0, priority="batch")
+    bulk[1].future.cancel()
+    queue.put_back(batch)
+    assert len(queue) == 2 + 3 + 1
+    leaving = [queue.pop(4.0), queue.pop(4.0)]
+    assert [each and each.entries for each in leaving] == [tuple(interactive), (bulk[0], bulk[2], *younger)]
+    assert len(queue) == 0
+
+
+def test_retries_leave_first_and_alone(queue: BatchQueue, entry: Entries) -> None:
+    pushed(queue, entry, 3, 0.0)
+    lost = [entry(0.0), entry(0.0, deadline_s=1.0), entry(0.0, TALL)]
+    for each in lost:
+        queue.push_retry(each)
+    assert len(queue) == 6
+    assert queue.pop(0.5, ahead=True) is None
+    assert queue.drop_expired(1.0) == [lost[1]]
+    first = queue.pop(1.0)
+    assert first is not None
+    assert (first.entries, first.retry, first.reason) == ((lost[0],), True, "idle")
+    queue.put_back(first)
+    assert queue.pop(1.0) == first
+    assert queue.drop_retries() == [lost[2]]
+    batch = queue.pop(1.0)
+    assert batch is not None
+    assert not batch.retry
+    assert len(queue) == 0

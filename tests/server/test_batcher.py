@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bundle import Canvas
-from server.batch_queue import BatchQueue, Inferred
+from server.batch_queue import BatchQueue, Inferred, Priority
 from server.batcher import Batcher
 from server.errors import DeadlinePassed, Draining, EngineFailed
 from server.estimate import Estimate
@@ -42,19 +42,17 @@ class Bench:
     def engine(self) -> FakeEngine:
         return self.engines[0]
 
-    def image(self, column: int = 8, canvas: Canvas = WIDE) -> PreparedImage:
+    def image(self, column: int = 8, canvas: Canvas = WIDE, corner: int = 0) -> PreparedImage:
         """Bright from `column` on, so that an answer tells whose it is."""
         pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
         pixels[:, column:] = 255
+        pixels[0, 0] = corner
         return PreparedImage(pixels, canvas, canvas.width, canvas.height, StageTimes())
 
-    def poison(self) -> PreparedImage:
-        image = self.image()
-        image.pixels[0, 0] = POISON
-        return image
-
-    def submit(self, image: PreparedImage, deadline_s: float = NEVER_S) -> "asyncio.Task[Inferred]":
-        return asyncio.create_task(self.batcher.infer(image, deadline_s))
+    def submit(
+        self, image: PreparedImage, deadline_s: float = NEVER_S, priority: Priority = "interactive"
+    ) -> "asyncio.Task[Inferred]":
+        return asyncio.create_task(self.batcher.infer(image, deadline_s, priority=priority))
 
     async def entered(self) -> None:
         """Wait until the first engine has begun a batch."""
@@ -65,6 +63,7 @@ class Bench:
         self.engine.gate.clear()
         task = self.submit(self.image())
         await self.entered()
+        await until(lambda: self.batcher.waiting == 0)
         return task
 
 
@@ -84,6 +83,12 @@ def run(test: Callable[[Bench], Awaitable[None]], **options: int) -> None:
 async def settle() -> None:
     """Let every task that can run do so."""
     for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Yield until the threads have come that far."""
+    while not condition():
         await asyncio.sleep(0)
 
 
@@ -199,7 +204,6 @@ def test_a_storm_of_cancellations_leaves_nothing_behind() -> None:
         bench.engine.gate.set()
         await first
         assert left_edge_px(await bench.submit(bench.image(24))) == pytest.approx(24)
-        assert bench.batcher.progress.pending == 0
         assert len(bench.engine.batches) == 2
 
     run(test)
@@ -226,7 +230,7 @@ def test_poison_costs_only_its_own_request(position: int) -> None:
     async def test(bench: Bench) -> None:
         first = await bench.hold()
         images = [bench.image(8 * (index + 1)) for index in range(4)]
-        images[position] = bench.poison()
+        images[position] = bench.image(corner=POISON)
         tasks = [bench.submit(image) for image in images]
         await settle()
         bench.engine.gate.set()
@@ -239,22 +243,6 @@ def test_poison_costs_only_its_own_request(position: int) -> None:
             else:
                 assert isinstance(answer, Inferred)
                 assert left_edge_px(answer) == pytest.approx(8 * (index + 1))
-
-    run(test)
-
-
-@pytest.mark.parametrize("trouble", ["raise", "nan", "shape", "exit"])
-def test_whatever_an_engine_does_everyone_is_answered_and_the_next_is_served(trouble: str) -> None:
-    async def test(bench: Bench) -> None:
-        first = await bench.hold()
-        tasks = [bench.submit(bench.image()) for _ in range(3)]
-        await settle()
-        bench.engine.trouble = trouble
-        bench.engine.gate.set()
-        answers = await asyncio.gather(first, *tasks, return_exceptions=True)
-        assert all(isinstance(answer, EngineFailed) for answer in answers), answers
-        bench.engine.trouble = None
-        assert left_edge_px(await bench.submit(bench.image(40))) == pytest.approx(40)
 
     run(test)
 
@@ -306,8 +294,7 @@ def test_closing_leaves_nobody_waiting_even_with_an_engine_that_hangs() -> None:
 def test_closing_leaves_nobody_waiting_of_a_batch_that_has_not_begun() -> None:
     async def test(bench: Bench) -> None:
         task = bench.submit(bench.image())
-        while not bench.batcher._running:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it is with the engine's thread, and nothing that this reports has been heard
         await bench.batcher.close()
         with pytest.raises(EngineFailed):
             await asyncio.wait_for(task, timeout=5)
@@ -327,9 +314,10 @@ def test_closing_lets_the_engines_go() -> None:
 
 def test_warming_runs_every_engine_on_every_canvas() -> None:
     async def test(bench: Bench) -> None:
-        await bench.batcher.warm(MANIFEST.canvases, lambda canvas: np.zeros((canvas.height, canvas.width, 3), np.uint8))
+        await bench.batcher.warm()
         for engine in bench.engines:
             assert {canvas for _, canvas in engine.batches} == set(MANIFEST.canvases)
+        assert bench.estimate.batch_s(WIDE, 1) is not None
 
     run(test, engines=2)
 
@@ -338,9 +326,7 @@ def test_warming_fails_with_the_engine() -> None:
     async def test(bench: Bench) -> None:
         bench.engine.trouble = "raise"
         with pytest.raises(RuntimeError, match="told to"):
-            await bench.batcher.warm(
-                MANIFEST.canvases, lambda canvas: np.zeros((canvas.height, canvas.width, 3), np.uint8)
-            )
+            await bench.batcher.warm()
 
     run(test)
 
@@ -349,15 +335,16 @@ def test_clients_that_give_up_are_no_progress_of_an_engine_that_hangs() -> None:
     async def test(bench: Bench) -> None:
         first = await bench.hold()
         for _ in range(3):
+            assert bench.batcher.trouble() is None
             impatient = bench.submit(bench.image())
             await settle()
-            bench.clock.now_s += 4
+            bench.clock.now_s += 0.6
             impatient.cancel()
             await settle()
-        assert bench.batcher.progress.stalled_s() == pytest.approx(12)
+        assert bench.batcher.trouble() == "no progress in inference"
         first.cancel()
         await settle()
-        assert bench.batcher.progress.stalled_s() == pytest.approx(12)
+        assert bench.batcher.trouble() == "no progress in inference"
 
     run(test)
 
@@ -365,12 +352,185 @@ def test_clients_that_give_up_are_no_progress_of_an_engine_that_hangs() -> None:
 def test_no_progress_with_work_waiting_is_seen() -> None:
     async def test(bench: Bench) -> None:
         bench.clock.now_s += 50
-        assert bench.batcher.progress.stalled_s() == 0
+        assert bench.batcher.trouble() is None
         first = await bench.hold()
-        bench.clock.now_s += 7
-        assert bench.batcher.progress.stalled_s() == pytest.approx(7)
+        bench.clock.now_s += 1.4
+        assert bench.batcher.trouble() is None
+        bench.clock.now_s += 0.2
+        assert bench.batcher.trouble() == "no progress in inference"
         bench.engine.gate.set()
         await first
-        assert bench.batcher.progress.stalled_s() == 0
+        assert bench.batcher.trouble() is None
 
     run(test)
+
+
+def test_a_large_network_on_few_cores_is_slow_and_not_stuck() -> None:
+    async def test(bench: Bench) -> None:
+        bench.estimate.observe(WIDE, 1, 2.0)
+        first = await bench.hold()
+        bench.clock.now_s += 9
+        assert bench.batcher.trouble() is None
+        bench.clock.now_s += 2
+        assert bench.batcher.trouble() == "no progress in inference"
+        bench.engine.gate.set()
+        await first
+
+    run(test)
+
+
+def test_one_full_batch_is_prepared_behind_the_one_that_an_engine_works_on() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image(8 * (index + 1))) for index in range(9)]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        assert bench.batcher.waiting == 9
+        assert bench.engine.threads["prepare"].isdisjoint(bench.engine.threads["infer"])
+        bench.engine.gate.set()
+        # The event loop stands still here, and the engine goes on all the same.
+        assert bench.engine.entered.acquire(timeout=10)
+        answers = await asyncio.gather(first, *others)
+        assert [left_edge_px(answer) for answer in answers[1:]] == pytest.approx([8 * n for n in range(1, 10)])
+        assert [size for size, _ in bench.engine.batches] == [1, 4, 4, 1]
+        assert bench.engine.prepared == [1, 4, 4, 1]
+        text = bench.metrics.exposition().decode()
+        assert 'ddetr_batches_total{reason="full"} 2.0' in text
+        assert "ddetr_batch_size_count 4.0" in text
+
+    run(test)
+
+
+def test_a_batch_that_is_not_full_goes_on_growing() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image()) for _ in range(3)]
+        await settle()
+        bench.clock.now_s += 10
+        others.append(bench.submit(bench.image(), priority="batch"))
+        await settle()
+        assert bench.engine.prepared == [1]
+        bench.engine.gate.set()
+        assert [answer.batch_size for answer in await asyncio.gather(*others)] == [4] * 4
+        await first
+
+    run(test)
+
+
+def test_who_leaves_a_prepared_batch_costs_no_engine() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image(8 * (index + 1))) for index in range(4)]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        others[1].cancel()
+        others[2].cancel()
+        await settle()
+        assert bench.batcher.waiting == 2
+        bench.engine.gate.set()
+        assert [left_edge_px(await others[index]) for index in (0, 3)] == pytest.approx([8, 32])
+        assert (await others[0]).batch_size == 2
+        assert bench.engine.batches == [(1, WIDE), (2, WIDE)]
+        assert "ddetr_batch_size_sum 3.0" in bench.metrics.exposition().decode()
+        await first
+
+    run(test)
+
+
+def test_a_prepared_batch_that_nobody_waits_for_is_not_inferred() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        others = [bench.submit(bench.image()) for _ in range(4)]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        for task in others:
+            task.cancel()
+        await settle()
+        bench.engine.gate.set()
+        await first
+        assert left_edge_px(await bench.submit(bench.image(24))) == pytest.approx(24)
+        assert bench.engine.batches == [(1, WIDE), (1, WIDE)]
+        assert "ddetr_batch_size_count 2.0" in bench.metrics.exposition().decode()
+
+    run(test)
+
+
+def test_a_deadline_that_passes_in_a_prepared_batch_costs_no_engine() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        late = [bench.submit(bench.image(), deadline_s=bench.clock.now_s + 1) for _ in range(2)]
+        on_time = [bench.submit(bench.image()) for _ in range(2)]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        bench.clock.now_s += 2
+        bench.engine.gate.set()
+        for task in late:
+            with pytest.raises(DeadlinePassed):
+                await task
+        assert [answer.queue_ms for answer in await asyncio.gather(*on_time)] == pytest.approx([2000] * 2)
+        assert bench.engine.batches == [(1, WIDE), (2, WIDE)]
+        await first
+
+    run(test)
+
+
+def test_dispatch_is_told_when_an_engine_begins() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        told: list[int] = []
+        others = [
+            asyncio.create_task(bench.batcher.infer(bench.image(), NEVER_S, lambda: told.append(1))) for _ in range(4)
+        ]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        await settle()
+        assert not told
+        bench.engine.gate.set()
+        await asyncio.gather(first, *others)
+        assert told == [1] * 4
+
+    run(test)
+
+
+def test_an_interactive_image_goes_before_batch_work_that_is_prepared_already() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        bulk = [bench.submit(bench.image(), priority="batch") for _ in range(4)]
+        await until(lambda: bench.engine.prepared == [1, 4])
+        interactive = bench.submit(bench.image(24, TALL))
+        await settle()
+        assert bench.batcher.waiting == 5
+        bench.engine.gate.set()
+        await asyncio.gather(first, interactive, *bulk)
+        assert bench.engine.batches == [(1, WIDE), (1, TALL), (4, WIDE)]
+
+    run(test)
+
+
+def test_batch_work_fills_what_interactive_images_leave() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        bulk = [bench.submit(bench.image(), priority="batch") for _ in range(5)]
+        interactive = [bench.submit(bench.image()) for _ in range(2)]
+        await settle()
+        bench.engine.gate.set()
+        assert [answer.batch_size for answer in await asyncio.gather(*interactive)] == [4, 4]
+        assert [answer.batch_size for answer in await asyncio.gather(*bulk)] == [4, 4, 3, 3, 3]
+        await first
+
+    run(test)
+
+
+def test_an_idle_engine_takes_over_what_is_prepared_behind_another() -> None:
+    async def test(bench: Bench) -> None:
+        for engine in bench.engines:
+            engine.gate.clear()
+        first = [bench.submit(bench.image()) for _ in range(2)]
+        await asyncio.gather(*(asyncio.to_thread(engine.entered.acquire) for engine in bench.engines))
+        await until(lambda: bench.batcher.waiting == 0)
+        others = [bench.submit(bench.image()) for _ in range(4)]
+        await until(lambda: sum(len(engine.prepared) for engine in bench.engines) == 3)
+        idle = next(engine for engine in bench.engines if engine.prepared == [1])
+        idle.gate.set()
+        await asyncio.gather(*others)
+        assert [size for size, _ in idle.batches] == [1, 4]
+        for engine in bench.engines:
+            engine.gate.set()
+        await asyncio.gather(*first)
+
+    run(test, engines=2)
