@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 SMALL_BYTES = 16 << 20
 """A picture that takes no more while it is decoded is small: 4 megapixels of a plain JPEG."""
+
+_LARGE_STALL_S = 30.0
+"""The largest picture of the slowest kind takes 3 s of a core; one that takes this long hangs."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,15 @@ class Decoders:
     ones only. Large ones wait, outside of any thread, until the memory that they take is free.
     """
 
-    def __init__(self, threads: int, max_image_pixels: int, max_decode_bytes: int, progress: Progress) -> None:
+    def __init__(
+        self, threads: int, max_image_pixels: int, max_decode_bytes: int, progress: Progress, large_progress: Progress
+    ) -> None:
         self._max_image_pixels = max_image_pixels
         self._small = ThreadPoolExecutor(threads, "decode")
         self._large = ThreadPoolExecutor(threads, "decode-large")
         self._allowance = Allowance(max_decode_bytes)
         self._progress = progress
+        self._large_progress = large_progress
 
     async def decode(
         self,
@@ -102,7 +109,7 @@ class Decoders:
             header = read_header(data, self._max_image_pixels)
             return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_picture(header))
 
-        result = await self._run(self._small, decode_small)
+        result = await self._run(self._small, self._progress, decode_small)
         if not isinstance(result, _Large):
             return result
         header = result.header
@@ -116,28 +123,38 @@ class Decoders:
         # The memory is free when the thread is done, which may be after the caller has given up.
         return await self._run(
             self._large,
+            self._large_progress,
             decode_large,
             lambda: loop.call_soon_threadsafe(self._allowance.give_back, borrowed),
         )
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function` in a thread of those for small pictures."""
-        return await self._run(self._small, lambda: function(*args, **kwargs))
+        return await self._run(self._small, self._progress, lambda: function(*args, **kwargs))
 
     def stop(self) -> None:
         """End the threads once their work is done, without waiting for it."""
         for pool in (self._small, self._large):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def stalled(self, timeout_s: float) -> bool:
+        """Whether small pictures make no progress for longer than `timeout_s`, or large ones for much longer."""
+        return self._progress.stalled(timeout_s) or self._large_progress.stalled(max(timeout_s, _LARGE_STALL_S))
+
     async def _run(
-        self, pool: ThreadPoolExecutor, work: Callable[[], T], when_done: Callable[[], object] | None = None
+        self,
+        pool: ThreadPoolExecutor,
+        progress: Progress,
+        work: Callable[[], T],
+        when_done: Callable[[], object] | None = None,
     ) -> T:
         def done(_: Future[T]) -> None:
-            self._progress.end()
+            progress.end()
             if when_done is not None:
-                when_done()
+                with suppress(RuntimeError):  # the loop is closed: nobody waits for memory any more
+                    when_done()
 
-        self._progress.begin()
+        progress.begin()
         future = pool.submit(work)
         future.add_done_callback(done)
         return await asyncio.wrap_future(future)

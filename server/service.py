@@ -68,7 +68,11 @@ class Service:
         self._decoding = Progress(clock)
         prepare_decoding(settings.decode_threads)
         self._decoders = Decoders(
-            settings.decode_threads, settings.max_image_pixels, settings.max_decode_bytes, self._decoding
+            settings.decode_threads,
+            settings.max_image_pixels,
+            settings.max_decode_bytes,
+            self._decoding,
+            large_progress=Progress(clock),
         )
         self._started = False
         self._start_lock = asyncio.Lock()
@@ -116,7 +120,7 @@ class Service:
 
     def trouble(self) -> str | None:
         """Why the process should be restarted unless this passes soon: a stage that does not get on. None if all do."""
-        if self._decoding.stalled(self.settings.stall_timeout_ms / 1e3):
+        if self._decoders.stalled(self.settings.stall_timeout_ms / 1e3):
             return "no progress in decode"
         return self.batcher.trouble()
 
