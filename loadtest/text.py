@@ -130,8 +130,10 @@ def tuning_result(tuning: Tuning) -> list[str]:
     """The settings to use, in both forms."""
     if tuning.gain is None:
         verdict = "the present settings hold the target at no rate; these do:"
-    elif tuning.gain == 1.0:
+    elif tuning.chosen == tuning.trials[0].candidate:
         verdict = "nothing tried is clearly better than the present settings:"
+    elif tuning.gain == 1.0:
+        verdict = "with these the present settings bear as much, and p95 is lower:"
     else:
         verdict = f"{tuning.gain - 1:+.0%} {tuning.goal}, measured in turns with the present settings:"
     return [verdict, "", *use(tuning.chosen)]

@@ -82,13 +82,12 @@ def tune(
     best, best_score = space.start, first
     best, best_score = tuner.share_cores(space, best, best_score)
     best, best_score = tuner.follow_batch_size(space, best, best_score)
-    before_delay = best
-    best = tuner.choose_delay(space, best, best_score)
     gain: float | None = 1.0
-    if before_delay != space.start:
+    if best != space.start:
         gain = tuner.compare(best, space.start)
         if gain is not None and gain < 1 + MARGIN:
-            best, gain = space.start, 1.0
+            best, best_score, gain = space.start, first, 1.0
+    best = tuner.choose_delay(space, best, best_score)
     goal = "requests a second at saturation" if p99_ms is None else f"requests a second with p99 within {p99_ms:g} ms"
     return Tuning(goal=goal, chosen=best, gain=gain, trials=tuple(tuner.trials))
 
@@ -164,7 +163,12 @@ class _Tuner:
                 if self._p99_ms is None:
                     score, decisive, remark = saturated.throughput_rps, saturated, _remark(saturated)
                 else:
-                    score, decisive, remark = self._rate_within(loads, saturated, self._p99_ms)
+                    score, decisive, remark = self._rate_within(
+                        loads,
+                        saturated,
+                        self._p99_ms,
+                        enough=0.0 if phase == "confirmation" else self._best * (1 - MARGIN),
+                    )
         except ServerNotStarted as error:
             self._add(candidate, phase, None, None, str(error))
             return None
@@ -172,12 +176,15 @@ class _Tuner:
         self._add(candidate, phase, score, decisive, remark)
         return score
 
-    def _rate_within(self, loads: Loads, saturated: Measurement, p99_ms: float) -> tuple[float, Measurement, str]:
-        """The highest of some shares of the rate at saturation that holds the target, as far as it can still win."""
+    def _rate_within(
+        self, loads: Loads, saturated: Measurement, p99_ms: float, enough: float
+    ) -> tuple[float, Measurement, str]:
+        """The highest of some shares of the rate at saturation that holds the target; from `enough` on downwards it
+        is not looked at: it cannot win."""
         measured = saturated
         for share in LOAD_SHARES:
             rate = share * saturated.throughput_rps
-            if rate < self._best * (1 - MARGIN) or not rate:
+            if rate < enough or not rate:
                 return rate, measured, f"{rate:.4g}/s is less than another holds: not tried"
             measured = loads.at_rate(rate, p99_ms)
             if measured.valid and (measured.within_target or 0.0) >= 0.99:
