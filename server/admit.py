@@ -1,98 +1,232 @@
-"""The door: who may come in, and how many at once. Passed before a request's body is read."""
+"""The door: who may come in, and how much at once. Passed before a request's body is read."""
 
-import hmac
+import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
-from server.errors import BadParameter, BodyTooLarge, DeadlineUnmeetable, Draining, QueueFull, Unauthorized
+from server.batch_queue import Priority
+from server.errors import (
+    BadParameter,
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlinePassed,
+    DeadlineUnmeetable,
+    Draining,
+    QueueFull,
+)
 from server.estimate import Estimate
+from server.line import Line, Place
+from server.promise import Promises
 
 _LONGEST_TIMEOUT_MS = 24 * 3600 * 1e3
+_BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at most: the rest is interactive work's alone
+
+# A body that after its first second has come slower than this, or slower than its timeout allows for, gives way.
+_PACE_GRACE_S = 1.0
+_LEAST_BYTES_PER_S = 32 * 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be inside at once, and how long a body may take to come in."""
+
+    images: int
+    queued_bytes: int
+    body_bytes: int
+    body_timeout_s: float
+
+    def images_of(self, priority: Priority) -> int:
+        """The most images of one lane."""
+        return self.images if priority == "interactive" else max(1, int(self.images * _BATCH_SHARE))
+
+    def bytes_of(self, priority: Priority) -> int:
+        """The most bytes of one lane: enough for the largest body."""
+        if priority == "interactive":
+            return self.queued_bytes
+        return max(self.body_bytes, int(self.queued_bytes * _BATCH_SHARE))
 
 
 class Admission:
-    """Bounds the images that were admitted and are not yet with an engine."""
+    """Bounds what was admitted and is not yet with an engine: the images, and the bytes of their uploads.
 
-    def __init__(self, queue_limit: int, estimate: Estimate, clock: Callable[[], float]) -> None:
-        self._limit = queue_limit
-        self._estimate = estimate
-        self._clock = clock
-        self._waiting = 0  # images until an engine takes them
-        self._unanswered = 0  # images until their request ends
+    A request whose body is being read counts as one image, and with the length that it declares, or else with what has
+    come of it. Senders that are slow give their places up as soon as somebody else needs them.
+    """
+
+    def __init__(
+        self, limits: Limits, line: Line, estimate: Estimate, max_batch_size: int, clock: Callable[[], float]
+    ) -> None:
+        self.limits = limits
         self.draining = False
+        self._line = line
+        self._estimate = estimate
+        self._max_batch_size = max_batch_size
+        self._clock = clock
+        self._promises = Promises(clock)
+        self._readers: dict[Ticket, asyncio.Timeout] = {}
 
     @property
     def waiting(self) -> int:
         """Images admitted and not yet with an engine."""
-        return self._waiting
+        return self._line.waiting()
 
     @property
     def unanswered(self) -> int:
-        """Images admitted whose requests have not ended."""
-        return self._unanswered
+        """Images admitted that have no answer yet."""
+        return len(self._line)
 
-    def admit(self, deadline_s: float) -> "Ticket":
-        """A place for one image. Raises Draining, QueueFull or DeadlineUnmeetable, each with a Retry-After."""
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of uploads not yet decoded, and of bodies on their way."""
+        return self._line.held_bytes()
+
+    def admit(self, deadline_s: float, priority: Priority = "interactive", length: int | None = None) -> "Ticket":
+        """A place for one request, whose body has `length` bytes if it says so.
+
+        Raises Draining, QueueFull or DeadlineUnmeetable, each with a Retry-After.
+        """
         if self.draining:
-            raise Draining("the server is stopping", self._estimate.retry_after_s(self._unanswered))
-        ticket = Ticket(self)
-        self._enter(1, deadline_s)
-        ticket.images = ticket.waiting = 1
+            raise Draining("the server is stopping", self._estimate.retry_after_s(self.unanswered))
+        ticket = Ticket(self, self._line, deadline_s, priority, length, self._clock)
+        self._let_in(ticket, images=1, more_images=1, more_bytes=length or 0)
+        ticket.places.append(self._line.enter(priority, length or 0))
         return ticket
 
-    def _enter(self, images: int, deadline_s: float, held: int = 0) -> None:
-        """Count `images` more of a request that holds `held` places already."""
-        if self._waiting + images > self._limit:
-            raise QueueFull(
-                f"{self._waiting} images are waiting and {self._limit} may: no place for {images} more",
-                self._estimate.retry_after_s(self._unanswered),
-            )
+    def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> None:
+        """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it."""
+        refusal = self._refusal(ticket, images, more_images, more_bytes)
+        if refusal is not None and self._show_slow_readers_out(ticket):
+            refusal = self._refusal(ticket, images, more_images, more_bytes)
+        if refusal is not None:
+            kind, message, wait_s = refusal
+            rate = self._estimate.rate(self._max_batch_size)
+            raise kind(message, self._promises.retry_after_s(ticket.priority, wait_s, max(1, images), rate))
+
+    def _refusal(
+        self, ticket: "Ticket", images: int, more_images: int, more_bytes: int
+    ) -> tuple[type[QueueFull | DeadlineUnmeetable], str, float] | None:
+        """Why not, and after how many seconds it may be otherwise."""
+        line, limits, priority = self._line, self.limits, ticket.priority
+        bounds = [
+            (line.waiting(), "images are waiting", limits.images, more_images),
+            (line.held_bytes(), "bytes are held", limits.queued_bytes, more_bytes),
+        ]
+        if priority == "batch":
+            bounds += [
+                (line.waiting("batch"), "images of batch work are waiting", limits.images_of("batch"), more_images),
+                (line.held_bytes("batch"), "bytes of batch work are held", limits.bytes_of("batch"), more_bytes),
+            ]
+        for held, what, most, more in bounds:
+            if held + more > most:
+                message = f"{held} {what} and {most} may: no place for {more} more"
+                return QueueFull, message, line.finish_s(priority, 0, with_readers=True)
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
-        ahead = self._unanswered - held
-        if ahead:
-            needed_s = self._estimate.seconds_for(self._unanswered + images)
-            left_s = deadline_s - self._clock()
+        ahead = len(line) - len(ticket.places)
+        if ahead and images:
+            needed_s = line.bound_s(priority, images, with_readers=not ticket.places)
+            left_s = ticket.deadline_s - self._clock()
             if needed_s > left_s:
-                raise DeadlineUnmeetable(
-                    f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left",
-                    max(1, math.ceil(needed_s - left_s)),
-                )
-        self._waiting += images
-        self._unanswered += images
+                message = f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left"
+                return DeadlineUnmeetable, message, needed_s - left_s
+        return None
 
-    def _leave_queue(self, images: int) -> None:
-        self._waiting -= images
-
-    def _leave(self, images: int) -> None:
-        self._unanswered -= images
+    def _show_slow_readers_out(self, needed_by: "Ticket") -> bool:
+        """Whether there were any."""
+        slow = [ticket for ticket in self._readers if ticket is not needed_by and ticket.is_slow()]
+        for ticket in slow:
+            self._readers.pop(ticket).reschedule(0.0)  # the time is up: BodyTimeout, in its own task
+            ticket.leave()
+        return bool(slow)
 
 
 class Ticket:
-    """A request's places in the queue; leaving the `with` block gives back what is left of them."""
+    """A request's places, one an image; leaving the `with` block gives back what is left of them."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        line: Line,
+        deadline_s: float,
+        priority: Priority,
+        length: int | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self.deadline_s = deadline_s
+        self.priority = priority
+        self.places: list[Place] = []
         self._admission = admission
-        self.images = 0
-        self.waiting = 0
+        self._line = line
+        self._length = length or 0
+        self._clock = clock
+        self._since_s = clock()
+        self._received = 0
+        self._predicted: tuple[float, float] | None = None  # when, and seconds from then on
 
-    def extend(self, images: int, deadline_s: float) -> None:
-        """Places for `images` images in all, where one was held."""
-        more = images - self.images
-        if more > 0:
-            self._admission._enter(more, deadline_s, held=self.images)
-            self.images += more
-            self.waiting += more
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """While the body is read. Raises BodyTimeout when that takes too long, or slow senders have to give way."""
+        timeout_s = self._admission.limits.body_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s) as timeout:
+                self._admission._readers[self] = timeout
+                yield
+        except TimeoutError as error:
+            taken_s = self._clock() - self._since_s
+            said = f" of {self._length}" if self._length else ""
+            raise BodyTimeout(
+                f"{self._received}{said} bytes of the body came in {taken_s:.1f} s; it may take {timeout_s:g} s, "
+                "and a slow one less where others need its place"
+            ) from error
+        finally:
+            self._admission._readers.pop(self, None)
 
-    def dispatched(self) -> None:
-        """One image has left the queue: for an engine, or because it cannot be read."""
-        if self.waiting:
-            self.waiting -= 1
-            self._admission._leave_queue(1)
+    def received(self, count: int) -> None:
+        """`count` more bytes of the body have come. Raises QueueFull if they were not declared, and find no room."""
+        self._received += count
+        place = self.places[0]
+        if self._received > place.held_bytes:
+            more = self._received - place.held_bytes
+            self._admission._let_in(self, images=0, more_images=0, more_bytes=more)
+            place.hold(self._received)
+
+    def is_slow(self) -> bool:
+        """Whether what has come of the body is less than can be asked for."""
+        asked_for_s = self._clock() - self._since_s - _PACE_GRACE_S
+        pace = max(_LEAST_BYTES_PER_S, self._length / self._admission.limits.body_timeout_s)
+        return asked_for_s > 0 and self._received < pace * asked_for_s
+
+    def read(self, sizes: Sequence[int], *, keep: bool = False) -> None:
+        """The body is here; it holds uploads of `sizes` bytes, which count until they are decoded, or `keep`, the end.
+
+        Raises QueueFull or DeadlineUnmeetable: how many images there are was not known at the door.
+        """
+        more = len(sizes) - len(self.places)
+        self._admission._let_in(self, images=len(sizes), more_images=more, more_bytes=0)
+        others = len(self._line) - len(self.places)
+        predicted_s = self._line.finish_s(self.priority, len(sizes), with_readers=False)
+        if others and predicted_s:
+            self._predicted = self._clock(), predicted_s
+        self.places += [self._line.enter(self.priority, 0) for _ in range(more)]
+        for place, size in zip(self.places, sizes, strict=True):
+            place.read(size, keep=keep)
+
+    def answered(self) -> None:
+        """All images have their answers: what was predicted can be held against it."""
+        if self._predicted is not None:
+            at_s, predicted_s = self._predicted
+            self._line.observe(self.priority, predicted_s, self._clock() - at_s)
+            self._predicted = None
+
+    def leave(self) -> None:
+        """Give all places back."""
+        for place in self.places:
+            place.give_back()
 
     def __enter__(self) -> Self:
         return self
@@ -100,9 +234,18 @@ class Ticket:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission._leave_queue(self.waiting)
-        self._admission._leave(self.images)
-        self.images = self.waiting = 0
+        if isinstance(error, DeadlinePassed):
+            self.answered()  # too late, and by how much will not be known
+        self.leave()
+
+
+def priority(headers: Headers) -> Priority:
+    """The lane that the caller's X-Priority asks for."""
+    given = headers.get("x-priority", "interactive")
+    for lane in get_args(Priority):
+        if given.strip().lower() == lane:
+            return lane  # type: ignore[no-any-return]
+    raise BadParameter(f"X-Priority: {given[:100]!r} is neither {' nor '.join(get_args(Priority))}")
 
 
 def timeout_ms(headers: Headers, default_timeout_ms: float) -> float:
@@ -119,21 +262,11 @@ def timeout_ms(headers: Headers, default_timeout_ms: float) -> float:
     return value
 
 
-def check_length(headers: Headers, max_body_bytes: int) -> None:
-    """Refuse a body that says itself that it is too large."""
-    given = headers.get("content-length", "0")
-    if given.isascii() and given.isdigit() and int(given[:20]) > max_body_bytes:
+def body_length(headers: Headers, max_body_bytes: int) -> int | None:
+    """The bytes that a body says it has. Raises BodyTooLarge."""
+    given = headers.get("content-length", "")
+    if not (given.isascii() and given.isdigit()):
+        return None
+    if int(given[:20]) > max_body_bytes:
         raise BodyTooLarge(f"{given[:20]} bytes exceed {max_body_bytes}")
-
-
-def check_api_key(headers: Headers, api_keys: Sequence[SecretStr]) -> None:
-    """With API keys set, one of them must come as `Authorization: Bearer KEY` or as `X-API-Key: KEY`."""
-    if not api_keys:
-        return
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    sent = given.encode("latin-1")  # as which the bytes of headers were read
-    # Every key is compared, each in constant time: how long it takes tells nothing of which was near.
-    matches = [hmac.compare_digest(sent, key.get_secret_value().encode()) for key in api_keys]
-    if not any(matches):
-        raise Unauthorized("this server needs an API key: Authorization: Bearer KEY")
+    return int(given)

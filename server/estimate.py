@@ -1,4 +1,4 @@
-"""What a batch takes, by its canvas and size, learnt from the batches that were run."""
+"""What a batch takes, by its canvas and size, and what an image takes to decode, learnt from what was measured."""
 
 import math
 import statistics
@@ -9,56 +9,70 @@ from bundle import Canvas
 
 _WINDOW = 64  # newest batches of a canvas that are remembered: a size that is not run any more is forgotten with them
 _NEWEST = 9  # of a size; their median is what counts, so up to four outliers do nothing
-_NEWEST_SHARE = 0.2  # weight of the newest batch in the moving average
+_DECODES = 33  # newest pictures whose median stands for all
+_NEWEST_SHARE = 0.02  # weight of the newest image in the mix of canvases
+_LONGEST_RETRY_S = 60
 
 
 class Estimate:
     """Until the first batch nothing is known, and nothing is promised."""
 
     def __init__(self, engine_instances: int) -> None:
-        self._instances = engine_instances
-        self._seconds_per_image: float | None = None
+        self.engine_instances = engine_instances
+        self.slowest_batch_s = 0.0
+        self.decode_s = 0.0
+        """Seconds in a decoding thread, of an image."""
         self._batches: dict[Canvas, deque[tuple[int, float]]] = {}  # size and seconds, oldest first
         self._typical: dict[Canvas, dict[int, float]] = {}  # median seconds by size, ascending sizes
-        self.slowest_batch_s = 0.0
+        self._decodes: deque[float] = deque(maxlen=_DECODES)
+        self._shares: dict[Canvas, float] = {}
 
     def observe(self, canvas: Canvas, images: int, seconds: float) -> None:
         """A batch of `images` images of `canvas` took `seconds` in one engine."""
         batches = self._batches.setdefault(canvas, deque(maxlen=_WINDOW))
         batches.append((images, seconds))
         by_size: dict[int, list[float]] = {}
-        for size, each in reversed(batches):
+        for size, took_s in reversed(batches):
             newest = by_size.setdefault(size, [])
             if len(newest) < _NEWEST:
-                newest.append(each)
+                newest.append(took_s)
         self._typical[canvas] = {size: statistics.median(by_size[size]) for size in sorted(by_size)}
         self.slowest_batch_s = max(self.slowest_batch_s, seconds)
-        each = seconds / images
-        if self._seconds_per_image is None:
-            self._seconds_per_image = each
-        else:
-            self._seconds_per_image += _NEWEST_SHARE * (each - self._seconds_per_image)
 
-    def batch_s(self, canvas: Canvas, images: int) -> float | None:
+    def observe_decoding(self, canvas: Canvas, seconds: float) -> None:
+        """An image has taken a decoding thread `seconds`, and is found to need `canvas`."""
+        self._decodes.append(seconds)
+        self.decode_s = statistics.median(self._decodes)
+        for known in self._shares:
+            self._shares[known] *= 1 - _NEWEST_SHARE
+        # The first one of all is the whole mix.
+        self._shares[canvas] = self._shares.get(canvas, 0.0) + (_NEWEST_SHARE if self._shares else 1.0)
+
+    def batch_s(self, canvas: Canvas, images: float) -> float | None:
         """Engine seconds that a batch of `images` images of `canvas` will take; None if nothing is known yet.
 
         Sizes not seen lie on the line between those that were; a canvas not seen costs as the nearest by its pixels.
         """
         if not self._typical:
             return None
-        if canvas not in self._typical:
-            area = _area(canvas)
-            nearest = min(self._typical, key=lambda known: abs(math.log(_area(known) / area)))
-            return _interpolate(self._typical[nearest], images) * area / _area(nearest)
-        return _interpolate(self._typical[canvas], images)
+        if canvas in self._typical:
+            return _interpolate(self._typical[canvas], images)
+        area = _area(canvas)
+        nearest = min(self._typical, key=lambda known: abs(math.log(_area(known) / area)))
+        return _interpolate(self._typical[nearest], images) * area / _area(nearest)
 
-    def seconds_for(self, images: int) -> float:
-        """Time until `images` images are worked off, all engines helping."""
-        return images * (self._seconds_per_image or 0.0) / self._instances
+    def mix(self) -> dict[Canvas, float]:
+        """The share of each canvas in what has come lately; before anything has come all are as likely."""
+        return self._shares or dict.fromkeys(self._typical, 1 / max(1, len(self._typical)))
+
+    def rate(self, batch_size: int) -> float:
+        """Images a second that the engines work off in batches of `batch_size`; infinite if nothing is known yet."""
+        batch_s = sum(share * (self.batch_s(canvas, batch_size) or 0.0) for canvas, share in self.mix().items())
+        return self.engine_instances * batch_size / batch_s if batch_s else math.inf
 
     def retry_after_s(self, images: int) -> int:
-        """Whole seconds after which `images` images are worked off, at least 1: a Retry-After."""
-        return max(1, math.ceil(self.seconds_for(images)))
+        """Whole seconds after which `images` images are worked off one by one: 1 to 60."""
+        return min(_LONGEST_RETRY_S, max(1, math.ceil(images / self.rate(1))))
 
 
 def _interpolate(typical: dict[int, float], images: float) -> float:

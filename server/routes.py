@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
-from server.admit import Ticket, check_length, timeout_ms
+from server.admit import Ticket, body_length, priority, timeout_ms
 from server.body import check_media_type, read_body
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE, Metrics
@@ -45,17 +45,17 @@ def build_router(service: Service) -> APIRouter:
         category_ids(options.classes, service.manifest.categories)  # unknown ones are refused before the body is read
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
         check_media_type(request.headers)
-        check_length(request.headers, settings.max_body_bytes)
-        with service.admission.admit(deadline_s) as ticket:
+        length = body_length(request.headers, settings.max_body_bytes)
+        with service.admission.admit(deadline_s, priority(request.headers), length) as ticket:
             try:
                 async with asyncio.timeout(deadline_s - service.clock()):
                     return await _detect(service, request, options, deadline_s, ticket)
             except TimeoutError as error:
-                service.metrics.images.labels(DeadlinePassed.code).inc(ticket.images)
+                service.metrics.images.labels(DeadlinePassed.code).inc(len(ticket.places))
                 taken_ms = (deadline_s - arrived_s) * 1e3
                 raise DeadlinePassed(f"no answer within {taken_ms:g} ms") from error
             except ClientGone:
-                service.metrics.images.labels(ClientGone.code).inc(ticket.images)
+                service.metrics.images.labels(ClientGone.code).inc(len(ticket.places))
                 raise
 
     @router.get("/model", summary="The model in service", response_class=Response)
@@ -100,15 +100,19 @@ def build_metrics_router(metrics: Metrics) -> APIRouter:
 async def _detect(
     service: Service, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
 ) -> Response:
-    body = await read_body(request.stream(), service.settings.max_body_bytes)
-    uploads = await service.split(body, request.headers)
+    async with ticket.reading():
+        body = await read_body(request.stream(), service.settings.max_body_bytes, ticket.received)
+    uploads = await service.split(body, request.headers, ticket.priority)
     del body
     if options.format == "image" and len(uploads) != 1:
         raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")
-    ticket.extend(len(uploads), deadline_s)
+    to_draw = uploads[0] if options.format == "image" else None
+    ticket.read([len(upload) if isinstance(upload, bytes) else 0 for upload in uploads], keep=to_draw is not None)
     arrived_s: float = request.state.arrived_s
     request.state.images = len(uploads)
-    outcomes = await _while_connected(request.receive, service.detect(uploads, options, deadline_s, ticket, arrived_s))
+    work = service.detect(uploads, options, deadline_s, ticket, arrived_s)
+    del uploads  # each is let go as soon as it is decoded
+    outcomes = await _while_connected(request.receive, work)
     for outcome in outcomes:
         if isinstance(outcome, ServiceError):
             service.metrics.images.labels(outcome.code).inc()
@@ -116,8 +120,8 @@ async def _detect(
 
     media_type = "application/json"
     first = outcomes[0]
-    if options.format == "image" and isinstance(first, ImageAnswer) and isinstance(uploads[0], bytes):
-        content, media_type = await service.draw(uploads[0], first.detections), "image/png"
+    if isinstance(first, ImageAnswer) and isinstance(to_draw, bytes):
+        content, media_type = await service.draw(to_draw, first.detections), "image/png"
     elif options.format == "coco":
         content = coco_body(outcomes, service.manifest.categories)
     else:
@@ -157,6 +161,8 @@ def error_response(request: Request, error: ServiceError) -> Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.status == 408:
+        headers["Connection"] = "close"  # the rest of the body may still come
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     content = error_content(error.code, error.message) | {"request_id": request.state.request_id}

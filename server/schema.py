@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from server.batch_queue import PRIORITIES
 from server.options import DetectOptions
 
 
@@ -143,6 +144,12 @@ DETECT_REQUEST: dict[str, Any] = {
             "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000},
         },
         {
+            "name": "X-Priority",
+            "in": "header",
+            "description": "batch work fills what interactive work leaves, and never the whole queue",
+            "schema": {"type": "string", "enum": list(PRIORITIES), "default": "interactive"},
+        },
+        {
             "name": "X-Request-Id",
             "in": "header",
             "description": "taken over into the answer and the log",
@@ -160,6 +167,7 @@ DETECT_REQUEST: dict[str, Any] = {
 _ERRORS = {
     400: "the request cannot be understood",
     401: "an API key is needed",
+    408: "the body came too slowly",
     413: "too many bytes, pixels or images",
     415: "not a type of body, or not a format of picture, that is served",
     422: "none of the images can be read",

@@ -9,16 +9,17 @@ from dataclasses import replace
 from PIL import Image
 from starlette.datastructures import Headers
 
-from server.admit import Admission, Ticket
-from server.batch_queue import BatchQueue
+from server.admit import Admission, Limits, Ticket
+from server.batch_queue import BatchQueue, Priority
 from server.batcher import CHECK_EVERY_S, Batcher
 from server.body import split_images
 from server.decode import prepare_decoding
 from server.decoders import Decoders
 from server.draw import draw_detections, encode_png
 from server.engine import Engine, OpenEngine
-from server.errors import EngineFailed, ImageError, ServiceError
+from server.errors import DeadlinePassed, ImageError, ServiceError
 from server.estimate import Estimate
+from server.line import Line, Place
 from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
 from server.postprocess import Detection, postprocess
@@ -35,6 +36,8 @@ _INLINE_BYTES = 1 << 20
 
 # What drawing takes of a pixel beside the picture: its copy, and the file.
 _DRAWING_BYTES = 8
+
+_QUEUED_BODIES = 4  # of the largest, where `max_queued_bytes` says nothing
 
 
 class Service:
@@ -54,7 +57,14 @@ class Service:
         self.manifest = engines[0].manifest
         self.engine_name = engines[0].name
         self._estimate = Estimate(len(engines))
-        self.admission = Admission(settings.queue_limit, self._estimate, clock)
+        self._limits = Limits(
+            images=settings.queue_limit,
+            queued_bytes=settings.max_queued_bytes or _QUEUED_BODIES * settings.max_body_bytes,
+            body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_ms / 1e3,
+        )
+        line = Line(self._estimate, settings.max_batch_size, settings.decode_threads, clock)
+        self.admission = Admission(self._limits, line, self._estimate, settings.max_batch_size, clock)
         self.batcher = Batcher(
             engines,
             BatchQueue(settings.max_batch_size, settings.max_delay_ms / 1e3),
@@ -141,17 +151,18 @@ class Service:
         await self.start()  # has happened already, unless the ASGI server knows no lifespan
         wanted_ids = category_ids(options.classes, self.manifest.categories)
 
-        async def detect_one(upload: bytes | ImageError) -> Outcome:
+        async def detect_one(upload: bytes | ImageError, place: Place) -> Outcome:
             try:
                 if isinstance(upload, ImageError):
                     raise upload
-                image = await self._prepare(upload, came_s, admitted_s)
-                inferred = await self.batcher.infer(image, deadline_s, ticket.dispatched)
-            except EngineFailed as error:  # has left the queue already
-                return error
+                image = await self._prepare(upload, deadline_s, came_s, admitted_s)
+                del upload
+                place.decoded(image.canvas)
+                inferred = await self.batcher.infer(image, deadline_s, place.dispatched, ticket.priority)
             except ServiceError as error:
-                ticket.dispatched()
                 return error
+            finally:
+                place.leave()
             detections = postprocess(
                 inferred.raw,
                 image.width,
@@ -170,14 +181,16 @@ class Service:
             )
             return ImageAnswer(image.width, image.height, detections, times, inferred.batch_size)
 
-        if len(uploads) == 1:
-            return [await detect_one(uploads[0])]
-        return await asyncio.gather(*map(detect_one, uploads))
+        work = [detect_one(upload, place) for upload, place in zip(uploads, ticket.places, strict=True)]
+        del uploads
+        outcomes = [await work[0]] if len(work) == 1 else await asyncio.gather(*work)
+        ticket.answered()
+        return outcomes
 
-    async def split(self, body: bytes, headers: Headers) -> list[bytes | ImageError]:
+    async def split(self, body: bytes, headers: Headers, priority: Priority) -> list[bytes | ImageError]:
         """The image files in a request's body, see `split_images`; large bodies are taken apart beside the loop."""
         # More than the queue holds could never be let in: better a refusal than to be told to come back later.
-        most = min(self.settings.max_images_per_request, self.settings.queue_limit)
+        most = min(self.settings.max_images_per_request, self._limits.images_of(priority))
         if len(body) <= _INLINE_BYTES:
             return split_images(body, headers, most)
         return await self._decoders.run(split_images, body, headers, most)
@@ -191,7 +204,11 @@ class Service:
         # Decoded a second time: to keep every picture until its answer is there would cost far more.
         return await self._decoders.decode(upload, draw, more_bytes_a_pixel=_DRAWING_BYTES)
 
-    async def _prepare(self, upload: bytes, arrived_s: float, admitted_s: float) -> PreparedImage:
+    async def _prepare(self, upload: bytes, deadline_s: float, arrived_s: float, admitted_s: float) -> PreparedImage:
+        def check() -> None:
+            if self.clock() >= deadline_s:
+                raise DeadlinePassed("the deadline passed before a thread was free to decode the image")
+
         def prepare(picture: Image.Image) -> PreparedImage:
             decoded_s = self.clock()
             pixels, canvas = preprocess(picture, self.manifest)
@@ -202,7 +219,7 @@ class Service:
             )
             return PreparedImage(pixels, canvas, picture.width, picture.height, times)
 
-        return await self._decoders.decode(upload, prepare)
+        return await self._decoders.decode(upload, prepare, check=check)
 
     async def _watch(self) -> None:
         while True:

@@ -41,6 +41,10 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="most bytes of a request's body")
+    max_queued_bytes: int = Field(
+        0, ge=0, description="most bytes of bodies and uploads inside at once; 0: four times max-body-bytes"
+    )
+    body_timeout_ms: float = Field(20_000, gt=0, description="longest that a request's body may take to come in")
     max_image_pixels: int = Field(
         50_000_000, ge=1, le=_PILLOW_LIMIT_PIXELS, description="most pixels of an image, by its header"
     )
@@ -67,6 +71,15 @@ class Settings(BaseSettings):
     def _ports_differ(self) -> "Settings":
         if self.metrics_port and self.metrics_port == self.port:
             raise ValueError(f"metrics_port {self.metrics_port} is port, too: 0 leaves /metrics there")
+        return self
+
+    @model_validator(mode="after")
+    def _queue_holds_a_body(self) -> "Settings":
+        if 0 < self.max_queued_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_queued_bytes {self.max_queued_bytes} is less than max_body_bytes {self.max_body_bytes}: "
+                "such a body could never be admitted"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,106 +1,356 @@
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
 import pytest
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from bundle import Canvas
-from server.admit import Admission, check_api_key, check_length, timeout_ms
-from server.errors import BadParameter, BodyTooLarge, DeadlineUnmeetable, Draining, QueueFull, Unauthorized
+from server.admit import Admission, Limits, Ticket, body_length, priority, timeout_ms
+from server.errors import (
+    BadParameter,
+    BodyTimeout,
+    BodyTooLarge,
+    DeadlinePassed,
+    DeadlineUnmeetable,
+    Draining,
+    QueueFull,
+)
 from server.estimate import Estimate
+from server.line import Line
 
 NOW_S, NEVER_S = 50.0, 1e9
 CANVAS = Canvas(height=64, width=96)
+BODY_TIMEOUT_S = 20.0
+
+
+class Door:
+    """An admission, what it stands on, and a clock that is moved by hand."""
+
+    def __init__(self, images: int = 4, queued_bytes: int = 1000, body_bytes: int = 400, batch_size: int = 1) -> None:
+        self.now_s = NOW_S
+        self.estimate = Estimate(engine_instances=1)
+        self.line = Line(self.estimate, batch_size, 1, lambda: self.now_s)
+        limits = Limits(images, queued_bytes, body_bytes, BODY_TIMEOUT_S)
+        self.admission = Admission(limits, self.line, self.estimate, batch_size, lambda: self.now_s)
+
+    def dispatched(self, ticket: Ticket) -> None:
+        """One engine has all its images."""
+        ticket.read([0] * len(ticket.places))
+        for place in ticket.places:
+            place.decoded(CANVAS)
+            place.dispatched()
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        return self.admission.waiting, self.admission.unanswered, self.admission.held_bytes
 
 
 @pytest.fixture
-def estimate() -> Estimate:
-    return Estimate(engine_instances=1)
+def door() -> Door:
+    return Door()
 
 
-@pytest.fixture
-def admission(estimate: Estimate) -> Admission:
-    return Admission(3, estimate, clock=lambda: NOW_S)
+def test_places_and_bytes_are_given_back(door: Door) -> None:
+    with door.admission.admit(NEVER_S, length=100) as ticket:
+        assert door.counts == (1, 1, 100)
+        ticket.read([30, 20, 10])
+        assert door.counts == (3, 3, 60)
+        ticket.places[0].decoded(CANVAS)
+        assert door.counts == (3, 3, 30)
+        ticket.places[0].dispatched()
+        assert door.counts == (2, 3, 30)
+        ticket.places[0].leave()
+        assert door.counts == (2, 2, 30)
+    assert door.counts == (0, 0, 0)
 
 
-def test_places_are_given_back(admission: Admission) -> None:
-    with admission.admit(NEVER_S) as ticket:
-        ticket.extend(3, NEVER_S)
-        assert (admission.waiting, admission.unanswered) == (3, 3)
-        ticket.dispatched()
-        assert (admission.waiting, admission.unanswered) == (2, 3)
-    assert (admission.waiting, admission.unanswered) == (0, 0)
-
-
-def test_places_are_given_back_on_errors_too(admission: Admission) -> None:
-    with pytest.raises(KeyError), admission.admit(NEVER_S):
+def test_places_are_given_back_on_errors_too(door: Door) -> None:
+    with pytest.raises(KeyError), door.admission.admit(NEVER_S, length=7):
         raise KeyError
-    assert (admission.waiting, admission.unanswered) == (0, 0)
+    assert door.counts == (0, 0, 0)
 
 
-def test_dispatching_more_than_was_admitted_counts_nothing_twice(admission: Admission) -> None:
-    with admission.admit(NEVER_S) as ticket:
-        ticket.dispatched()
-        ticket.dispatched()
-        assert admission.waiting == 0
-    assert (admission.waiting, admission.unanswered) == (0, 0)
+def test_an_upload_that_is_kept_counts_until_its_request_ends(door: Door) -> None:
+    with door.admission.admit(NEVER_S, length=100) as ticket:
+        ticket.read([80], keep=True)
+        ticket.places[0].decoded(CANVAS)
+        ticket.places[0].leave()
+        assert door.counts == (0, 0, 80)
+    assert door.counts == (0, 0, 0)
 
 
-def test_a_full_queue_refuses_with_the_time_to_work_it_off(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(CANVAS, images=1, seconds=2.5)
-    with admission.admit(NEVER_S) as first, admission.admit(NEVER_S):
-        with pytest.raises(QueueFull, match="2 images are waiting and 3 may: no place for 2 more") as caught:
-            first.extend(3, NEVER_S)
-        assert caught.value.retry_after_s == 5
-        assert admission.waiting == 2
+def test_what_happens_twice_or_too_late_counts_nothing_twice(door: Door) -> None:
+    with door.admission.admit(NEVER_S) as ticket:
+        ticket.read([5])
+        (place,) = ticket.places
+        for _ in range(2):
+            place.decoded(CANVAS)
+        for _ in range(2):
+            place.dispatched()
+        for _ in range(2):
+            place.leave()
+        place.hold(9)
+        place.decoded(CANVAS)
+    assert door.counts == (0, 0, 0)
 
 
-def test_images_with_an_engine_take_no_place_in_the_queue(admission: Admission) -> None:
-    tickets = [admission.admit(NEVER_S) for _ in range(3)]
+def test_a_full_queue_refuses_with_the_time_to_work_it_off(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=2.5)
+    with door.admission.admit(NEVER_S) as first, door.admission.admit(NEVER_S):
+        with pytest.raises(QueueFull, match="2 images are waiting and 4 may: no place for 3 more") as caught:
+            first.read([0] * 4)
+        assert caught.value.retry_after_s is not None
+        assert 5 <= caught.value.retry_after_s <= 20
+        assert door.admission.waiting == 2
+
+
+def test_images_with_an_engine_take_no_place_in_the_queue(door: Door) -> None:
+    tickets = [door.admission.admit(NEVER_S) for _ in range(4)]
     with pytest.raises(QueueFull):
-        admission.admit(NEVER_S)
-    tickets[0].dispatched()
-    admission.admit(NEVER_S)
+        door.admission.admit(NEVER_S)
+    door.dispatched(tickets[0])
+    door.admission.admit(NEVER_S)
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(CANVAS, images=1, seconds=2.0)
-    with admission.admit(NOW_S + 0.1):  # nobody ahead: whoever comes is let in
-        with pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 4000 ms, 1500 are left") as caught:
-            admission.admit(NOW_S + 1.5)
-        assert caught.value.retry_after_s == 3
-        admission.admit(NOW_S + 5)
+def test_bytes_are_bounded_by_what_bodies_declare(door: Door) -> None:
+    with door.admission.admit(NEVER_S, length=400), door.admission.admit(NEVER_S, length=400):
+        with pytest.raises(QueueFull, match="800 bytes are held and 1000 may: no place for 201 more") as caught:
+            door.admission.admit(NEVER_S, length=201)
+        assert caught.value.retry_after_s == 1
+        with door.admission.admit(NEVER_S, length=200):
+            assert door.admission.held_bytes == 1000
 
 
-def test_a_request_does_not_queue_behind_itself(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(CANVAS, images=1, seconds=60.0)  # gone wrong: only a request that is let in can correct it
-    with admission.admit(NOW_S + 1) as ticket:
-        ticket.extend(3, NOW_S + 1)
-        assert admission.unanswered == 3
+def test_bodies_that_declare_nothing_count_with_what_has_come(door: Door) -> None:
+    with door.admission.admit(NEVER_S, length=400), door.admission.admit(NEVER_S, length=400):
+        with door.admission.admit(NEVER_S) as chunked:
+            chunked.received(150)
+            chunked.received(50)
+            assert door.admission.held_bytes == 1000
+            with pytest.raises(QueueFull, match="no place for 1 more"):
+                chunked.received(1)
+            assert door.admission.held_bytes == 1000
+        assert door.admission.held_bytes == 800
 
 
-def test_others_ahead_count_when_a_request_turns_out_to_be_large(admission: Admission, estimate: Estimate) -> None:
-    estimate.observe(CANVAS, images=1, seconds=2.0)
-    refusal = pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 6000 ms, 5000 are left")
-    with admission.admit(NEVER_S), admission.admit(NOW_S + 5) as ticket, refusal:
-        ticket.extend(2, NOW_S + 5)
+def test_bytes_that_were_declared_find_their_room_when_they_come(door: Door) -> None:
+    with door.admission.admit(NEVER_S, length=400) as ticket, door.admission.admit(NEVER_S, length=400):
+        door.admission.admit(NEVER_S, length=200)
+        ticket.received(400)
+        assert door.admission.held_bytes == 1000
 
 
-def test_draining_refuses_everyone(admission: Admission) -> None:
-    admission.draining = True
+def test_batch_work_leaves_half_of_the_queue_to_interactive_work(door: Door) -> None:
+    batch = [door.admission.admit(NEVER_S, "batch") for _ in range(2)]
+    with pytest.raises(QueueFull, match="2 images of batch work are waiting and 2 may"):
+        door.admission.admit(NEVER_S, "batch")
+    interactive = [door.admission.admit(NEVER_S) for _ in range(2)]
+    with pytest.raises(QueueFull, match="4 images are waiting and 4 may"):
+        door.admission.admit(NEVER_S)
+    for ticket in batch + interactive:
+        ticket.leave()
+    interactive = [door.admission.admit(NEVER_S) for _ in range(4)]  # which may have all of it
+
+
+def test_batch_work_leaves_half_of_the_bytes_to_interactive_work(door: Door) -> None:
+    with door.admission.admit(NEVER_S, "batch", 400):
+        with pytest.raises(QueueFull, match="400 bytes of batch work are held and 500 may"):
+            door.admission.admit(NEVER_S, "batch", 101)
+        with door.admission.admit(NEVER_S, "interactive", 400):
+            pass
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+    with door.admission.admit(NOW_S + 0.1):  # nobody ahead: whoever comes is let in
+        with pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 6000 ms, 1500 are left") as caught:
+            door.admission.admit(NOW_S + 1.5)
+        assert caught.value.retry_after_s is not None
+        assert caught.value.retry_after_s > 4
+        door.admission.admit(NOW_S + 6.1)
+
+
+def test_a_request_does_not_queue_behind_itself(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=60.0)  # gone wrong: only a request that is let in can correct it
+    with door.admission.admit(NOW_S + 1) as ticket:
+        ticket.read([0] * 3)
+        assert door.admission.unanswered == 3
+
+
+def test_others_ahead_count_when_a_request_turns_out_to_be_large(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+    with door.admission.admit(NEVER_S) as other:
+        other.read([0])
+        with door.admission.admit(NOW_S + 7) as ticket:
+            with pytest.raises(DeadlineUnmeetable, match="1 images ahead take about 9000 ms, 7000 are left"):
+                ticket.read([0] * 2)
+            ticket.read([0])
+
+
+def test_batch_work_is_not_ahead_of_interactive_work(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+    with door.admission.admit(NEVER_S, "batch"), door.admission.admit(NEVER_S, "batch"):
+        door.admission.admit(NOW_S + 3.5)
+        with pytest.raises(DeadlineUnmeetable):
+            door.admission.admit(NOW_S + 3.5)
+
+
+def test_who_is_refused_at_once_is_told_to_come_back_one_after_the_other() -> None:
+    door = Door(images=1)
+    door.estimate.observe(CANVAS, images=1, seconds=0.4)
+    door.admission.admit(NEVER_S)
+    told = []
+    for _ in range(300):
+        with pytest.raises(QueueFull) as caught:
+            door.admission.admit(NEVER_S)
+        told.append(caught.value.retry_after_s)
+    assert told[0] == 1
+    assert told == sorted(told)
+    assert all(told.count(second) <= 2 for second in set(told) - {60})  # 0.8 of 2.5 a second
+    assert told[-1] == 60
+    door.now_s += 60
+    with pytest.raises(QueueFull) as caught:
+        door.admission.admit(NEVER_S)
+    assert caught.value.retry_after_s == 1  # they have come back, or will not
+
+
+def test_batch_work_is_sent_behind_interactive_work() -> None:
+    door = Door(images=1)
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+    door.admission.admit(NEVER_S)
+    told = {}
+    for lane in ("interactive", "batch", "interactive"):
+        with pytest.raises(QueueFull) as caught:
+            door.admission.admit(NEVER_S, lane)
+        told.setdefault(lane, []).append(caught.value.retry_after_s)
+    assert told == {"interactive": [5, 7], "batch": [7]}
+
+
+def test_draining_refuses_everyone(door: Door) -> None:
+    door.admission.draining = True
     with pytest.raises(Draining) as caught:
-        admission.admit(NEVER_S)
+        door.admission.admit(NEVER_S)
     assert caught.value.retry_after_s == 1
 
 
-def test_estimate_follows_what_is_measured_and_shares_among_engines() -> None:
-    estimate = Estimate(engine_instances=2)
-    assert estimate.seconds_for(100) == 0
-    estimate.observe(CANVAS, images=4, seconds=4.0)
-    assert estimate.seconds_for(10) == pytest.approx(5.0)
-    for _ in range(50):
-        estimate.observe(CANVAS, images=4, seconds=0.4)
-    assert estimate.seconds_for(10) == pytest.approx(0.5, rel=0.01)
-    assert estimate.slowest_batch_s == 4.0
-    assert estimate.retry_after_s(0) == 1
+def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=1.0)
+    other = door.admission.admit(NEVER_S)
+    other.read([0])
+
+    def lets_in(left_s: float) -> bool:
+        try:
+            door.admission.admit(door.now_s + left_s).leave()
+        except DeadlineUnmeetable:
+            return False
+        return True
+
+    def answer(taken_s: float) -> None:
+        with door.admission.admit(NEVER_S) as ticket:
+            ticket.read([0])
+            door.now_s += taken_s
+            ticket.answered()
+
+    def give_up(taken_s: float) -> None:
+        with suppress(DeadlinePassed), door.admission.admit(NEVER_S) as ticket:
+            ticket.read([0])
+            door.now_s += taken_s
+            raise DeadlinePassed("too late")
+
+    assert lets_in(3.1)
+    for _ in range(200):
+        answer(4.0)
+    assert not lets_in(3.9)
+    assert lets_in(4.1)
+    for _ in range(200):
+        answer(2.0)
+    assert lets_in(2.2)
+    for _ in range(200):
+        give_up(3.0)
+    assert not lets_in(2.9)
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await body()
+
+    asyncio.run(limited())
+
+
+def test_a_body_that_takes_too_long_is_given_up() -> None:
+    door = Door()
+
+    async def body() -> None:
+        limits = Limits(4, 1000, 400, body_timeout_s=0.01)
+        admission = Admission(limits, door.line, door.estimate, 1, lambda: door.now_s)
+        with admission.admit(NEVER_S, length=10) as ticket:
+            ticket.received(3)
+            with pytest.raises(BodyTimeout, match=r"3 of 10 bytes of the body came .* it may take 0\.01 s"):
+                async with ticket.reading():
+                    await asyncio.Event().wait()
+
+    run(body)
+    assert door.counts == (0, 0, 0)
+
+
+@pytest.mark.parametrize("needs", ["a place", "bytes", "time"])
+def test_slow_senders_give_way_when_their_places_are_needed(needs: str) -> None:
+    door = Door(images=2, queued_bytes=1_000_000 if needs == "bytes" else 10_000_000)
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+    ended: list[str] = []
+
+    async def send(name: str, length: int, received: int) -> None:
+        try:
+            with door.admission.admit(NEVER_S, length=length) as ticket:
+                async with ticket.reading():
+                    ticket.received(received)
+                    await asyncio.Event().wait()
+        except BodyTimeout:
+            ended.append(name)
+
+    async def body() -> None:
+        senders = [
+            asyncio.create_task(send("slow", 500_000, 30_000)),
+            asyncio.create_task(send("steady", 500_000, 200_000)),
+        ]
+        await asyncio.sleep(0)
+        door.now_s += 0.9
+        newcomer = {"a place": (NEVER_S, 0), "bytes": (NEVER_S, 1000), "time": (door.now_s + 6.2, 0)}[needs]
+        kind = DeadlineUnmeetable if needs == "time" else QueueFull
+        if needs == "time":
+            door.admission.limits = Limits(3, 10_000_000, 400, BODY_TIMEOUT_S)
+        with pytest.raises(kind):  # in the first second nobody is slow
+            door.admission.admit(newcomer[0], length=newcomer[1])
+        door.now_s += 1.6
+        assert door.admission.waiting == 2  # slow, and in nobody's way
+        deadline_s = newcomer[0] + 1.6
+        with door.admission.admit(deadline_s, length=newcomer[1]):
+            assert door.admission.held_bytes == 500_000 + newcomer[1]
+        while not ended:
+            await asyncio.sleep(0)
+        assert ended == ["slow"]
+        for task in senders:
+            task.cancel()
+        await asyncio.gather(*senders, return_exceptions=True)
+
+    run(body)
+    assert door.counts == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, "interactive"), ("interactive", "interactive"), ("batch", "batch"), (" Batch ", "batch")],
+)
+def test_priorities(given: str | None, expected: str) -> None:
+    assert priority(Headers({"X-Priority": given} if given else {})) == expected
+
+
+@pytest.mark.parametrize("given", ["urgent", "", "0", "interactive, batch"])
+def test_priorities_that_are_none(given: str) -> None:
+    with pytest.raises(BadParameter, match=f"X-Priority: '{given}' is neither interactive nor batch"):
+        priority(Headers({"X-Priority": given}))
 
 
 @pytest.mark.parametrize(("given", "expected"), [("250", 250), ("0.5", 0.5), (None, 99)])
@@ -114,35 +364,12 @@ def test_timeouts_that_are_none(given: str) -> None:
         timeout_ms(Headers({"X-Timeout-Ms": given}), 99)
 
 
-def test_length_is_refused_by_the_header() -> None:
-    check_length(Headers({}), 10)
-    check_length(Headers({"Content-Length": "10"}), 10)
-    check_length(Headers({"Content-Length": "many"}), 10)
-    for given in ("11", "9" * 5000):
-        with pytest.raises(BodyTooLarge, match="exceed 10"):
-            check_length(Headers({"Content-Length": given}), 10)
+@pytest.mark.parametrize(("given", "expected"), [(None, None), ("10", 10), ("0", 0), ("many", None), ("-1", None)])
+def test_lengths(given: str | None, expected: int | None) -> None:
+    assert body_length(Headers({"Content-Length": given} if given else {}), 10) == expected
 
 
-KEYS = (SecretStr("first"), SecretStr("zweiter Schlüssel"))
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [{"Authorization": "Bearer first"}, {"authorization": "bearer first"}, {"X-API-Key": "first"}],
-)
-def test_keys_open(headers: dict[str, str]) -> None:
-    check_api_key(Headers(headers), KEYS)
-    check_api_key(Headers({}), ())
-
-
-def test_keys_are_compared_as_the_bytes_that_are_sent() -> None:
-    check_api_key(Headers(raw=[(b"x-api-key", "zweiter Schlüssel".encode())]), KEYS)
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [{}, {"Authorization": "Basic first"}, {"Authorization": "Bearer "}, {"X-API-Key": "firs"}, {"X-API-Key": "é"}],
-)
-def test_everything_else_stays_outside(headers: dict[str, str]) -> None:
-    with pytest.raises(Unauthorized):
-        check_api_key(Headers(headers), KEYS)
+@pytest.mark.parametrize("given", ["11", "9" * 5000])
+def test_length_is_refused_by_the_header(given: str) -> None:
+    with pytest.raises(BodyTooLarge, match="exceed 10"):
+        body_length(Headers({"Content-Length": given}), 10)

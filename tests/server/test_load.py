@@ -4,12 +4,14 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi import FastAPI
 
 from server.app import create_app
+from server.line import Place
 from server.service import Service
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
@@ -158,7 +160,8 @@ def test_a_passed_deadline_is_504_at_once_and_costs_no_engine(settings: Settings
 def test_a_deadline_that_cannot_be_met_is_503_with_retry_after(settings: Settings) -> None:
     async def test(site: Site) -> None:
         first = await site.hold()
-        site.service._estimate.observe(site.service.manifest.canvases[0], images=1, seconds=100.0)
+        for canvas in site.service.manifest.canvases * 9:
+            site.service._estimate.observe(canvas, images=1, seconds=100.0)
         refused = await site.post(**{"X-Timeout-Ms": "1000"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "deadline_unmeetable")
         assert int(refused.headers["retry-after"]) > 1
@@ -294,14 +297,17 @@ def test_an_image_that_fails_in_the_engine_gives_back_no_place_of_another(
         request = asyncio.create_task(site.client.post("/detect", files=files))
         await site.until(lambda: site.service.batcher.waiting == 3)
         admission = site.service.admission
-        leave_queue = admission._leave_queue
         places: list[tuple[int, int]] = []
 
-        def watched(images: int) -> None:
-            leave_queue(images)
-            places.append((admission.waiting, site.service.batcher.waiting))
+        def watched(move: Callable[..., None]) -> Callable[..., None]:
+            def moved(place: Place, *args: Any) -> None:
+                move(place, *args)
+                places.append((admission.waiting, site.service.batcher.waiting))
 
-        monkeypatch.setattr(admission, "_leave_queue", watched)
+            return moved
+
+        monkeypatch.setattr(Place, "dispatched", watched(Place.dispatched))
+        monkeypatch.setattr(Place, "leave", watched(Place.leave))
         site.engine.gate.set()
         await asyncio.gather(first, request)
         assert all(admitted >= queued for admitted, queued in places), places

@@ -310,6 +310,7 @@ def test_docs_describe_detect(client: TestClient) -> None:
         "units",
         "format",
         "X-Timeout-Ms",
+        "X-Priority",
         "X-Request-Id",
         "X-API-Key",
     }

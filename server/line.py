@@ -1,0 +1,202 @@
+"""The images on their way, by how far they have come, and when one more would be done."""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Literal
+
+from bundle import Canvas
+from server.batch_queue import Priority
+from server.estimate import Estimate
+
+Stage = Literal["reading", "decoding", "waiting", "running"]
+
+_RATIOS = 200  # newest answers that are held against what was predicted for them
+_MAY_BE_LATE = 3  # of these, beyond what the margin allows for
+_UNTRIED_MARGIN = 1.5
+_LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
+
+
+class Line:
+    """Every image from the door to its answer."""
+
+    def __init__(
+        self, estimate: Estimate, max_batch_size: int, decode_threads: int, clock: Callable[[], float]
+    ) -> None:
+        self._estimate = estimate
+        self._max_batch_size = max_batch_size
+        self._decode_threads = decode_threads
+        self._clock = clock
+        self._counts: Counter[tuple[Stage, Priority, Canvas | None]] = Counter()  # without zeros
+        self._bytes: Counter[Priority] = Counter()
+        self._dispatched_s = clock()
+        self._ratios: dict[Priority, deque[float]] = {
+            "interactive": deque(maxlen=_RATIOS),
+            "batch": deque(maxlen=_RATIOS),
+        }
+        self._margins: dict[Priority, float] = {"interactive": _UNTRIED_MARGIN, "batch": _UNTRIED_MARGIN}
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def waiting(self, priority: Priority | None = None) -> int:
+        """Images not yet with an engine, of one lane or of both."""
+        return sum(
+            count for (stage, lane, _), count in self._counts.items() if stage != "running" and priority in (None, lane)
+        )
+
+    def held_bytes(self, priority: Priority | None = None) -> int:
+        """Bytes of uploads not yet decoded, and of bodies on their way, of one lane or of both."""
+        return self._bytes.total() if priority is None else self._bytes[priority]
+
+    def decoding(self) -> int:
+        """Images with a decoding thread, or waiting for one."""
+        return sum(count for (stage, _, _), count in self._counts.items() if stage == "decoding")
+
+    def enter(self, priority: Priority, held_bytes: int) -> "Place":
+        """A place for one image whose body has not been read."""
+        return Place(self, priority, held_bytes)
+
+    def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
+        """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
+        return self.finish_s(priority, images, with_readers=with_readers) * self._margins[priority]
+
+    def finish_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
+        """Seconds until `images` more would be done; 0 if nothing is known yet.
+
+        Before them goes what the engines have, and what is decoded or waits in their own lane or a better one;
+        `with_readers` also what is still being read.
+        """
+        mix = self._estimate.mix()
+        unknown, decoding, total = images, images, images
+        ahead: dict[Canvas, float] = {}
+        running: dict[Canvas, int] = {}
+        for (stage, lane, canvas), count in self._counts.items():
+            if stage == "running" and canvas is not None:
+                running[canvas] = running.get(canvas, 0) + count
+                continue
+            if stage == "reading" and not with_readers:
+                continue
+            total += count
+            decoding += count if canvas is None else 0  # threads that decode know no lanes
+            if priority == "interactive" and lane == "batch":
+                continue
+            if canvas is None:
+                unknown += count
+            else:
+                ahead[canvas] = ahead.get(canvas, 0.0) + count
+        for canvas, share in mix.items():
+            ahead[canvas] = ahead.get(canvas, 0.0) + share * unknown
+        # The newcomer's own batch, the last, may be filled up by images that came later or are of another lane.
+        size = min(max(total, 1), self._max_batch_size)
+        own_s = sum(share * self._batch_s(canvas, size) for canvas, share in mix.items())
+        work_s = self._running_s(running) + sum(self._work_s(canvas, count) for canvas, count in ahead.items())
+        engines_s = max(0.0, work_s - own_s) / self._estimate.engine_instances
+        decoders_s = self._estimate.decode_s * max(1.0, decoding / self._decode_threads)
+        return max(engines_s, decoders_s) + own_s
+
+    def observe(self, priority: Priority, predicted_s: float, taken_s: float) -> None:
+        """An answer took `taken_s`, or was given up after that time, where `predicted_s` had been predicted."""
+        ratios = self._ratios[priority]
+        ratios.append(min(taken_s / predicted_s, _MOST_MARGIN))
+        late = sorted(ratios)[-min(_MAY_BE_LATE + 1, len(ratios))]
+        share = len(ratios) / _RATIOS  # few answers do not yet refute what was assumed before there were any
+        margin = share * late + (1 - share) * max(late, _UNTRIED_MARGIN)
+        self._margins[priority] = max(margin, _LEAST_MARGIN)
+
+    def _work_s(self, canvas: Canvas, images: float) -> float:
+        """Engine seconds of `images` images, in batches as full as can be; a part of an image is a part of its cost."""
+        full, rest = divmod(images, self._max_batch_size)
+        rest_s = self._batch_s(canvas, max(rest, 1.0)) * min(rest, 1.0)
+        return full * self._batch_s(canvas, self._max_batch_size) + rest_s
+
+    def _running_s(self, running: dict[Canvas, int]) -> float:
+        """Engine seconds left of what the engines have."""
+        if not running:
+            return 0.0
+        work_s = sum(self._work_s(canvas, count) for canvas, count in running.items())
+        # What was done since the newest batch was taken: of that one, and at least as much in every other engine.
+        batch_s = max(self._batch_s(canvas, min(count, self._max_batch_size)) for canvas, count in running.items())
+        done_s = min(self._clock() - self._dispatched_s, batch_s) * self._estimate.engine_instances
+        return max(0.0, work_s - done_s)
+
+    def _batch_s(self, canvas: Canvas, images: float) -> float:
+        return self._estimate.batch_s(canvas, images) or 0.0
+
+    def _move(self, place: "Place", stage: Stage | None, canvas: Canvas | None = None) -> None:
+        if place.stage is not None:
+            key = (place.stage, place.priority, place.canvas)
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._counts[key]
+        place.stage, place.canvas = stage, canvas
+        if stage is not None:
+            self._counts[stage, place.priority, canvas] += 1
+        if stage == "running":
+            self._dispatched_s = self._clock()
+
+    def _decoding_begins(self) -> tuple[float, float]:
+        """When, and how many times as long as alone it will take, since the threads have others to decode as well."""
+        return self._clock(), max(1.0, self.decoding() / self._decode_threads)
+
+    def _decoding_ends(self, canvas: Canvas, since_s: float, load: float) -> None:
+        self._estimate.observe_decoding(canvas, (self._clock() - since_s) / load)
+
+    def _hold(self, place: "Place", size: int) -> None:
+        self._bytes[place.priority] += size - place.held_bytes
+        place.held_bytes = size
+
+
+class Place:
+    """One image's place in the line. It goes forward only; what comes too late for it does nothing."""
+
+    __slots__ = ("_keep", "_line", "_load", "_read_s", "canvas", "held_bytes", "priority", "stage")
+
+    def __init__(self, line: Line, priority: Priority, held_bytes: int) -> None:
+        self._line = line
+        self._keep = False
+        self._read_s, self._load = 0.0, 1.0
+        self.priority: Priority = priority
+        self.canvas: Canvas | None = None
+        self.stage: Stage | None = None
+        self.held_bytes = 0
+        line._move(self, "reading")
+        line._hold(self, held_bytes)
+
+    def hold(self, size: int) -> None:
+        """Its upload has, or may come to have, `size` bytes."""
+        if self.stage is not None:
+            self._line._hold(self, size)
+
+    def read(self, size: int, *, keep: bool = False) -> None:
+        """Its body is read, and is next decoded. The bytes are given back after that, or with `keep` at the end."""
+        if self.stage == "reading":
+            self._keep = keep
+            self._line._hold(self, size)
+            self._line._move(self, "decoding")
+            self._read_s, self._load = self._line._decoding_begins()
+
+    def decoded(self, canvas: Canvas) -> None:
+        """It waits for an engine."""
+        if self.stage == "decoding":
+            self._line._decoding_ends(canvas, self._read_s, self._load)
+            if not self._keep:
+                self._line._hold(self, 0)
+            self._line._move(self, "waiting", canvas)
+
+    def dispatched(self) -> None:
+        """An engine has it."""
+        if self.stage == "waiting":
+            self._line._move(self, "running", self.canvas)
+
+    def leave(self) -> None:
+        """It is answered, or will not be. What is kept of its upload stays counted."""
+        if self.stage is not None:
+            self._line._move(self, None)
+            if not self._keep:
+                self._line._hold(self, 0)
+
+    def give_back(self) -> None:
+        """Its request has ended."""
+        self._keep = False
+        self.leave()
+        self._line._hold(self, 0)
