@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     from loadtest.errors import LoadtestError
 
     try:
-        return _bench(parser, arguments, serve_flags)
+        return _bench(parser, arguments, serve_flags, without_keys(argv))
     except (LoadtestError, BundleError) as error:
         print(f"ddetr bench: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -84,6 +84,17 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         return words, []
     place = words.index("--")
     return words[:place], words[place + 1 :]
+
+
+def without_keys(argv: Sequence[str]) -> list[str]:
+    """The arguments with the values of `--api-keys` starred: reports are passed on."""
+    shown = list(argv)
+    for place, word in enumerate(argv):
+        if word == "--api-keys" and place + 1 < len(shown):
+            shown[place + 1] = "***"
+        elif word.startswith("--api-keys="):
+            shown[place] = "--api-keys=***"
+    return shown
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -228,7 +239,9 @@ class Job:
     pictures: str
 
 
-def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace, serve_flags: Sequence[str]) -> int:
+def _bench(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, serve_flags: Sequence[str], command: Sequence[str]
+) -> int:
     """Test, say what was found, write the report; the exit status."""
     from loadtest.host import this_host
     from loadtest.report import Report
@@ -246,7 +259,7 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace, serve
         kind=outcome.kind,
         ddetr_version=installed_version(),
         started_at=started_at,
-        command=tuple(sys.argv[2:]),
+        command=tuple(command),
         host=host,
         server=server,
         pictures=job.pictures,

@@ -37,9 +37,13 @@ class Verb(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status of the process."""
-    arguments = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in VERBS:
+        arguments = parser().parse_args(words)
+        words = [arguments.verb, *arguments.arguments]
+    # Else without argparse, which would take the `--` out of `ddetr bench -- --port 80`.
     try:
-        status = load(arguments.verb).run(arguments.arguments)
+        status = load(words[0]).run(words[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED

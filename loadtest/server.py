@@ -42,10 +42,11 @@ def _get(target: Target, path: str) -> Any:
         with _OPENER.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
+        with error:  # it is the answer, too
+            content = error.read(500).decode("utf-8", "replace")
         if error.code == 401:
             found = "another" if target.api_key is not None else "none was given"
             raise ServerNotReady(f"{url}: it wants an API key, {found}: --api-key-file FILE") from error
-        content = error.read(500).decode("utf-8", "replace")
         raise ServerNotReady(f"{url}: not ready: {error.code} {content}") from error
     except urllib.error.URLError as error:
         raise ServerNotReady(f"{url}: no answer: {error.reason}") from error

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,10 @@ def _is_ready(url: str) -> bool:
     try:
         with _OPENER.open(f"{url}/readyz", timeout=2) as response:
             return bool(response.status == 200)
-    except OSError:  # URLError and HTTPError are such
+    except urllib.error.HTTPError as error:
+        error.close()
+        return False
+    except OSError:
         return False
 
 
