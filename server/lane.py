@@ -173,8 +173,9 @@ class Lane:
             self._begin(run, report)
         elif isinstance(report.answer, BaseException):
             self._failures = 0
-            logger.error("%s failed on one image of canvas %s", self._name, run.batch.canvas, exc_info=report.answer)
+            logger.warning("%s failed on one image of canvas %s: %r", self._name, run.batch.canvas, report.answer)
             error = EngineFailed(f"the engine failed on this image: {type(report.answer).__name__}")
+            error.__cause__ = report.answer
             for entry in report.entries:
                 fail(entry, error)
         else:

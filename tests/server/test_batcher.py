@@ -1,99 +1,13 @@
 """The batcher's rules, with an engine that waits at a gate and a clock that is moved by hand. Nothing sleeps."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
-import numpy as np
 import pytest
 
-from bundle import Canvas
-from server.batch_queue import BatchQueue, Inferred, Priority
-from server.batcher import Batcher
+from server.batch_queue import Inferred
 from server.errors import DeadlinePassed, Draining, EngineFailed
-from server.estimate import Estimate
-from server.metrics import Metrics
-from server.preprocess import PreparedImage
-from server.timing import StageTimes
-from tests.server.fake_engine import MANIFEST, POISON, FakeEngine
-
-WIDE, TALL = Canvas(height=64, width=96), Canvas(height=96, width=64)
-NEVER_S = 1e9
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class Bench:
-    """A batcher, what it stands on, and images to feed it with."""
-
-    def __init__(self, engines: int = 1, max_batch_size: int = 4) -> None:
-        self.engines = [FakeEngine() for _ in range(engines)]
-        self.clock = Clock()
-        self.metrics = Metrics()
-        self.estimate = Estimate(engines)
-        self.batcher = Batcher(self.engines, BatchQueue(max_batch_size, 0.005), self.estimate, self.metrics, self.clock)
-
-    @property
-    def engine(self) -> FakeEngine:
-        return self.engines[0]
-
-    def image(self, column: int = 8, canvas: Canvas = WIDE, corner: int = 0) -> PreparedImage:
-        """Bright from `column` on, so that an answer tells whose it is."""
-        pixels = np.zeros((canvas.height, canvas.width, 3), np.uint8)
-        pixels[:, column:] = 255
-        pixels[0, 0] = corner
-        return PreparedImage(pixels, canvas, canvas.width, canvas.height, StageTimes())
-
-    def submit(
-        self, image: PreparedImage, deadline_s: float = NEVER_S, priority: Priority = "interactive"
-    ) -> "asyncio.Task[Inferred]":
-        return asyncio.create_task(self.batcher.infer(image, deadline_s, priority=priority))
-
-    async def entered(self) -> None:
-        """Wait until the first engine has begun a batch."""
-        await asyncio.to_thread(self.engine.entered.acquire)
-
-    async def hold(self) -> "asyncio.Task[Inferred]":
-        """Close the gate and put one image behind it: the engine is busy from here on."""
-        self.engine.gate.clear()
-        task = self.submit(self.image())
-        await self.entered()
-        await until(lambda: self.batcher.waiting == 0)
-        return task
-
-
-def run(test: Callable[[Bench], Awaitable[None]], **options: int) -> None:
-    async def body() -> None:
-        bench = Bench(**options)
-        try:
-            await asyncio.wait_for(test(bench), timeout=20)
-        finally:
-            for engine in bench.engines:
-                engine.gate.set()
-            await bench.batcher.close()
-
-    asyncio.run(body())
-
-
-async def settle() -> None:
-    """Let every task that can run do so."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Yield until the threads have come that far."""
-    while not condition():
-        await asyncio.sleep(0)
-
-
-def left_edge_px(answer: Inferred) -> float:
-    return float(answer.raw.boxes[0, 0]) * WIDE.width
+from tests.server.bench import NEVER_S, TALL, WIDE, Bench, left_edge_px, run, settle, until
+from tests.server.fake_engine import MANIFEST, POISON
 
 
 def test_one_image_goes_at_once() -> None:
