@@ -7,7 +7,7 @@ function take(files) {
   if (file.type && !file.type.startsWith("image/")) {
     complain({ title: `${file.name} is not a picture.`, advice: "Choose a JPEG, PNG, WebP, BMP or TIFF file.", detail: `It is of type ${file.type}.` });
   } else {
-    detect(uploadOf(file, file.name || "picture.png"));
+    detect({ blob: file, name: file.name || "picture", isSample: false });
   }
 }
 
@@ -17,7 +17,7 @@ async function takeSample() {
     const response = await ask("sample.jpg", key);
     const blob = await response.blob();
     if (before !== asking) return;  // a picture came meanwhile
-    if (response.ok) detect({ ...uploadOf(blob, "sample.jpg"), isSample: true });
+    if (response.ok) detect({ blob, name: "sample.jpg", isSample: true });
     else complain(explain(response, null));
   } catch (error) {
     complain({ title: "The sample did not come.", advice: "Check that the server runs, then try again.", detail: error.message });
@@ -92,16 +92,15 @@ function enter(state, words) {
 function fail(problem) {
   enter("failed", "");
   complain(problem);
-  $("again").hidden = false;
 }
 
 /** Something cannot be done; what is shown stays. */
-function complain({ title, advice, detail }) {
+function complain({ title, advice, detail, mayRetry = false }) {
   $("problem-title").textContent = title;
   $("problem-advice").textContent = advice;
   $("problem-detail").textContent = detail;
   $("problem").hidden = false;  // filled before it is shown: an alert is read out as it appears
-  $("again").hidden = true;
+  $("again").hidden = !mayRetry || upload === null;
 }
 
 function askForKey() {
@@ -134,14 +133,15 @@ function describe(model) {
   const few = spelled.length > 10 ? [...spelled.slice(0, 8), `${spelled.length - 8} more`] : spelled;
   $("about").replaceChildren("The model ", element("strong", model.model.name), " looks for ", element("strong", new Intl.ListFormat("en").format(few)),
     ". It draws a box around each one that it finds and gives it a score from 0 to 1: how sure it is.");
-  const worst = (name) => Math.max(...model.parity.map((each) => each[name])).toPrecision(1);
+  const upTo = new Intl.NumberFormat("en", { maximumSignificantDigits: 1, roundingMode: "ceil" });
+  const worst = (name) => upTo.format(Math.max(...model.parity.map((each) => each[name])));
   const facts = [
     ["Model", `${model.model.name}, version ${model.model.version} (Deformable DETR, ${model.variant})`],
-    ["Classes", spelled.join(", ")],
+    ["Classes", `${names.length}: ${spelled.join(", ")}`],
     ["Sees pictures as", `${model.resize.shortest} px on the shorter side, at most ${model.resize.longest} px on the longer`],
     ["Runs on", `${model.engine}, ${model.precision}`],
   ];
-  if (model.parity.length) facts.push(["Checked on export", `${model.parity.length} comparisons with PyTorch: boxes within ${Number(worst("max_box_error"))} of a side, scores within ${Number(worst("max_score_error"))}`]);
+  if (model.parity.length) facts.push(["Checked on export", `${model.parity.length} comparisons with PyTorch: boxes within ${worst("max_box_error")} of a side, scores within ${worst("max_score_error")}`]);
   $("facts").replaceChildren(...facts.flatMap(([term, text]) => [element("dt", term), element("dd", text)]));
   $("model").hidden = false;
   if (!names.some((name) => name in SPELLED_OUT)) $("sample-hint").textContent = "The sample is a drawn smear of blood cells, which this model may not know.";
@@ -161,7 +161,7 @@ $("again").onclick = () => detect(upload);
 $("cancel").onclick = () => {
   asking.abort();  // the server drops what nobody waits for
   asking = new AbortController();
-  fail({ title: "Cancelled.", advice: "Try again, or take another picture.", detail: "" });
+  fail({ title: "Cancelled.", advice: "Try again, or take another picture.", detail: "", mayRetry: true });
   $("again").focus();
 };
 $("key-form").onsubmit = async (event) => {

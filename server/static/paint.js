@@ -3,24 +3,25 @@
 
 // The colours that format=image has, too: the server's draw.py.
 const PALETTE = ["#e63946", "#1d7ac4", "#f4a21b", "#2a9d60", "#8e44c1", "#00a0b0", "#e954a0", "#7a5c3c"];
-const LABEL_PX = 13;
+const AA = 4.5;  // the least contrast of text, by WCAG 2
 
 const colorOf = (classId) => PALETTE[classId % PALETTE.length];
 
-/** Black or white, whichever is easier to read on `color` (#rrggbb), by relative luminance. */
+/** White where it can be read on `color` (#rrggbb), else black. */
 function inkOn(color) {
   const [red, green, blue] = [1, 3, 5].map((at) => {
     const value = parseInt(color.slice(at, at + 2), 16) / 255;
     return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
   });
-  return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000" : "#fff";
+  return 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= AA ? "#fff" : "#000";
 }
 
 /**
  * Paint `detections`, best first, so that the best is on top.
- * `scale`: canvas px of one picture px; `unit`: canvas px of one px to the eye; `lit`: the one to bring forward, or null.
+ * `scale`: canvas px of one picture px; `unit`: canvas px of one px to the eye; `labelPx`: height of letters, to the
+ * eye; `lit`: the one to bring forward, or null.
  */
-function paintDetections(pen, detections, { scale, unit, lit = null, withLabels = true }) {
+function paintDetections(pen, detections, { scale, unit, labelPx = 13, lit = null, withLabels = true }) {
   const order = [...detections].reverse().sort((a, b) => (a === lit) - (b === lit));
   pen.lineJoin = "round";
   for (const detection of order) {
@@ -36,40 +37,35 @@ function paintDetections(pen, detections, { scale, unit, lit = null, withLabels 
     }
   }
   pen.globalAlpha = 1;
-  const labelled = withLabels ? detections : detections.filter((each) => each === lit);
-  for (const label of placeLabels(pen, labelled, scale, unit, lit).reverse()) {
+  const labelled = withLabels && lit === null ? detections : detections.filter((each) => each === lit);
+  for (const label of placeLabels(pen, labelled, { scale, unit, labelPx })) {
     const color = colorOf(label.detection.class_id);
-    pen.globalAlpha = lit === null || label.detection === lit ? 1 : 0.45;
     pen.fillStyle = color;
     pen.beginPath();
     pen.roundRect(label.x, label.y, label.width, label.height, 3 * unit);
     pen.fill();
     pen.fillStyle = inkOn(color);
-    pen.fillText(label.text, label.x + 5 * unit, label.y + label.height / 2 + 0.5 * unit);
+    pen.fillText(label.text, label.x + 4 * unit, label.y + label.height / 2 + 0.5 * unit);
   }
-  pen.globalAlpha = 1;
 }
 
 /**
- * Where labels go so that none covers another: the lit one first, then by score. One without a place is shortened to
- * its class, then left out; its row in the table still tells.
+ * Where labels go so that none covers another: the best first. One without a place is shortened to its class, then
+ * left out; its row in the table still tells.
  */
-function placeLabels(pen, detections, scale, unit, lit) {
-  const order = lit === null ? detections : [lit, ...detections.filter((each) => each !== lit)];
-  const height = (LABEL_PX + 6) * unit, placed = [];
-  pen.font = `600 ${LABEL_PX * unit}px system-ui, sans-serif`;
+function placeLabels(pen, detections, { scale, unit, labelPx }) {
+  const height = (labelPx + 5) * unit, placed = [];
+  pen.font = `600 ${labelPx * unit}px system-ui, sans-serif`;
   pen.textBaseline = "middle";
-  for (const detection of order) {
+  for (const detection of detections) {
     const [x0, y0, x1, y1] = detection.box.map((edge) => edge * scale);
-    const full = `${detection.label} ${detection.score.toFixed(2)}`;
-    for (const text of detection === lit ? [full] : [full, detection.label]) {
-      const width = pen.measureText(text).width + 10 * unit;
+    for (const text of [`${detection.label} ${detection.score.toFixed(2)}`, detection.label]) {
+      const width = pen.measureText(text).width + 8 * unit;
       const spots = [[x0, y0 - height], [x1 - width, y0 - height], [x0, y1], [x1 - width, y1], [x0, y0], [x1 - width, y1 - height]]
         .map(([x, y]) => ({ x: Math.max(0, Math.min(x, pen.canvas.width - width)), y, width, height, text, detection }))
         .filter((spot) => spot.y >= 0 && spot.y + height <= pen.canvas.height);
       const free = spots.find((spot) => placed.every((other) => apart(spot, other)));
-      const chosen = free || (detection === lit ? spots[0] : undefined);
-      if (chosen) { placed.push(chosen); break; }
+      if (free) { placed.push(free); break; }
     }
   }
   return placed;

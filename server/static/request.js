@@ -2,6 +2,7 @@
 // What goes to the server and comes back: the request, its failure in words, and the same request as a command.
 
 const LEAST_SCORE = 0.05;  // the slider's lowest: asked for once, and everything above is filtered in the page
+const AS_PICTURE = { "Content-Type": "image/*" };  // of which format, the server sees; a file's name may be wrong about it
 
 /** The server's answer to `path`, relative to this page, with the API key if there is one. */
 function ask(path, key, options = {}) {
@@ -14,23 +15,15 @@ function ask(path, key, options = {}) {
 /** A request to find all that `upload` holds, once. */
 function askForDetections(upload, model, key, signal) {
   const query = new URLSearchParams({ threshold: LEAST_SCORE, max_detections: model?.max_detections ?? 100 });
-  return ask(`detect?${query}`, key, { method: "POST", body: upload.blob, headers: { "Content-Type": upload.type }, signal });
+  return ask(`detect?${query}`, key, { method: "POST", body: upload.blob, headers: AS_PICTURE, signal });
 }
 
 /** The upload as a PNG by the server: for formats that no browser shows. No score is above 1, so no box is drawn. */
 async function askForPicture(upload, key, signal) {
   const response = await ask("detect?format=image&threshold=1&max_detections=1", key,
-    { method: "POST", body: upload.blob, headers: { "Content-Type": upload.type }, signal });
+    { method: "POST", body: upload.blob, headers: AS_PICTURE, signal });
   if (!response.ok) throw new Error(response.statusText);
   return response.blob();
-}
-
-const TYPES = { jpg: "image/jpeg", jpeg: "image/jpeg", png: "image/png", webp: "image/webp", bmp: "image/bmp", tif: "image/tiff", tiff: "image/tiff" };
-
-/** What is sent of a file: its bytes, name and media type. The server looks at the bytes; the type only says "a picture". */
-function uploadOf(blob, name) {
-  const ending = name.toLowerCase().split(".").pop();
-  return { blob, name, type: /^image\/[\w.+-]+$/.test(blob.type) ? blob.type : TYPES[ending] || "image/jpeg", isSample: false };
 }
 
 const SMALLER = "Make it smaller, or send a part of it.";
@@ -49,6 +42,7 @@ const IN_WORDS = {
   queue_full: ["The server has as many pictures as it can take.", "Try again"],
   deadline_unmeetable: ["The server has more to do than it could finish in time.", "Try again"],
   unavailable: ["The server is not able to answer just now.", "Try again"],
+  body_timeout: ["The picture came too slowly, and the server gave up on it.", "Try again; a smaller picture comes quicker."],
   draining: ["The server is about to stop, or to start anew.", "Try again"],
   deadline_passed: ["The answer took too long.", "Try again; a smaller picture is quicker."],
   unauthorized: ["This server does not know that API key.", "Check it, and type it again above."],
@@ -56,7 +50,7 @@ const IN_WORDS = {
 const FAILED = ["The server failed on this picture.", "Try again. If it keeps failing, tell whoever runs the server; the request's id is below."];
 const REFUSED = ["The server did not accept the request.", "What it says is below."];
 
-/** `{title, advice, detail}` for an answer that is no success. */
+/** `{title, advice, detail, mayRetry}` for an answer that is no success. */
 function explain(response, content) {
   const error = content?.error ?? {};
   let [title, advice] = IN_WORDS[error.code] ?? (response.status >= 500 ? FAILED : REFUSED);
@@ -66,16 +60,18 @@ function explain(response, content) {
   }
   const id = response.headers.get("X-Request-Id");
   const said = error.message ? `The server says: ${error.message}` : `The server answered ${response.status} ${response.statusText}`;
-  return { title, advice, detail: id ? `${said} (request ${id})` : said };
+  const mayRetry = [408, 429].includes(response.status) || response.status >= 500;
+  return { title, advice, detail: id ? `${said} (request ${id})` : said, mayRetry };
 }
 
-/** `{title, advice, detail}` for a request that had no answer at all. */
+/** The same for a request that had no answer at all. */
 function explainSilence(error, upload) {
   const megabytes = upload.blob.size / 1e6;
   return {
     title: "The server did not answer.",
     advice: `Check that it runs and that you are connected, then try again.${megabytes > 16 ? ` Or the file is too large for it: ${megabytes.toFixed(0)} MB.` : ""}`,
     detail: error.message,
+    mayRetry: true,
   };
 }
 
@@ -97,5 +93,5 @@ function curlCommand(upload, { threshold, labels, idsOf, most, needsKey }) {
   const key = needsKey ? ' -H "Authorization: Bearer $API_KEY"' : "";
   const from = upload.isSample ? `curl -sS ${quote(new URL("sample.jpg", document.baseURI).href)} | ` : "";
   const file = upload.isSample ? "-" : upload.name === "-" ? "./-" : upload.name;  // @- is standard input
-  return `${from}curl -sS${key} -H ${quote(`Content-Type: ${upload.type}`)} --data-binary ${quote(`@${file}`)} ${quote(`${url.href}?${query.join("&")}`)}`;
+  return `${from}curl -sS${key} -H ${quote(`Content-Type: ${AS_PICTURE["Content-Type"]}`)} --data-binary ${quote(`@${file}`)} ${quote(`${url.href}?${query.join("&")}`)}`;
 }

@@ -69,7 +69,8 @@ function drawBoxes() {
   overlay.width = Math.round(overlay.clientWidth * unit);
   overlay.height = Math.round(overlay.clientHeight * unit);
   if (content && overlay.width) {
-    paintDetections(overlay.getContext("2d"), shown(), { scale: overlay.width / content.images[0].width, unit, lit, withLabels: $("with-labels").checked });
+    const labelPx = overlay.clientWidth < 480 ? 11 : 13;
+    paintDetections(overlay.getContext("2d"), shown(), { scale: overlay.width / content.images[0].width, unit, labelPx, lit, withLabels: $("with-labels").checked });
   }
 }
 
