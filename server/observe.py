@@ -28,8 +28,8 @@ _LONGEST_PATH = 200
 class Observe:
     """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state.
 
-    In the state it finds afterwards what the stages knew: `images`, `priority`, `batch_size`, `times`, `error_code`,
-    and as `cause` the exception behind an answer of 500. `paths` are the routes; all else is one route, `unmatched`.
+    In the state it finds afterwards what the stages knew: `images`, `images_failed`, `priority`, `batch_size`, `times`,
+    `error_code`, and as `cause` the exception behind an error of ours. `paths` are the routes; all else is one route, `unmatched`.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ def _fields(scope: Scope, route: str, status: int, bytes_in: int, bytes_out: int
         fields["path"] = scope["path"][:_LONGEST_PATH]
     if (code := state.get("error_code")) is not None:
         fields["error"] = code
-    for name in ("images", "batch_size", "priority"):
+    for name in ("images", "images_failed", "batch_size", "priority"):
         if (value := state.get(name)) is not None:
             fields[name] = value
     fields["bytes_in"] = bytes_in

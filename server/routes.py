@@ -46,7 +46,8 @@ def build_router(service: Service) -> APIRouter:
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
         check_media_type(request.headers)
         length = body_length(request.headers, settings.max_body_bytes)
-        with service.admission.admit(deadline_s, priority(request.headers), length) as ticket:
+        request.state.priority = priority(request.headers)
+        with service.admission.admit(deadline_s, request.state.priority, length) as ticket:
             try:
                 async with asyncio.timeout(deadline_s - service.clock()):
                     return await _detect(service, request, options, deadline_s, ticket)
@@ -116,6 +117,8 @@ async def _detect(
     for outcome in outcomes:
         if isinstance(outcome, ServiceError):
             service.metrics.images.labels(outcome.code).inc()
+            if outcome.status == 500:
+                request.state.cause = outcome.__cause__
     check_outcomes(outcomes)
 
     media_type = "application/json"
@@ -130,6 +133,8 @@ async def _detect(
     times = until_answered([answer.times for answer in answers], (service.clock() - arrived_s) * 1e3)
     for each in times:
         service.metrics.observe_image(each)
+    if len(answers) < len(outcomes):
+        request.state.images_failed = len(outcomes) - len(answers)
     request.state.batch_size = max(answer.batch_size for answer in answers)
     request.state.times = slowest(times)
     return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(request.state.times)})

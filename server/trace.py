@@ -21,7 +21,7 @@ logger = logging.getLogger("ddetr.trace")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _LONGEST_TEXT = 200  # of what comes from outside
 # Fields of a log line, as attributes by their own names; the others have names in the conventions for HTTP.
-_OWN = {name: f"ddetr.{name}" for name in ("request_id", "images", "batch_size", "priority", "error")}
+_OWN = {name: f"ddetr.{name}" for name in ("request_id", "images", "images_failed", "batch_size", "priority", "error")}
 
 
 class Tracing:
