@@ -8,6 +8,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.connection import Connection
 from server.engine import Engine
 from server.errors import StartupError
 from server.logs import close_log, open_log
@@ -40,7 +41,7 @@ def _serve(settings: Settings, engine: Engine | None) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -1,0 +1,140 @@
+"""A client's connection: uvicorn's, with an end to all that uvicorn waits for without one."""
+
+import asyncio
+from http import HTTPStatus
+from typing import ClassVar
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.respond import error_content
+
+
+class Connection(HttpToolsProtocol):
+    """What the service itself never gets to see.
+
+    - A request's line and headers come within `headers_within_s`, in `most_header_bytes`; else 408 or 431.
+    - The rest of a body that was answered early, as all refusals are, is thrown away for as long as an idle connection
+      may last; then the connection is closed. Closing at once would reset it, and with it the answer.
+    - Who asks first whether to send the body (`Expect: 100-continue`), and is refused, may or may not send it: what
+      comes next cannot be told from a request, so the connection ends with the answer.
+    - An answer of which the client reads nothing for as long is not kept.
+    """
+
+    headers_within_s: ClassVar[float] = 10.0
+    most_header_bytes: ClassVar[int] = 64 * 1024
+
+    _headers_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
+    _message_begun = False  # and not complete
+    _header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting for anything."""
+        self._headers_are_here()
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in a piece of a request, of the rest of one, or of several."""
+        if self._message_begun and self._headers_timer is not None:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if self._message_begun and self._headers_timer is not None:
+            if self._header_bytes > self.most_header_bytes:
+                self._refuse(431, "too_many_header_bytes", f"more than {self.most_header_bytes} bytes of headers")
+        elif self._is_idle() and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            # uvicorn sets this timer at an answer, and any byte ends it: even one that begins no request.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request is here."""
+        self._message_begun = True
+        super()._unset_keepalive_if_required()
+        if self._headers_timer is None:
+            self._await_headers()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The request can be answered."""
+        self._headers_are_here()
+        super().on_headers_complete()
+        if self.expect_100_continue:
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """The body has come whole."""
+        self._message_begun = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, or waits to be read by the client."""
+        super().on_response_complete()
+        if self._answer_timer is None:
+            self._watch_answer(self.transport.get_write_buffer_size())
+
+    def _unset_keepalive_if_required(self) -> None:
+        # The rest of a body that nobody wants keeps no connection open.
+        if not self._message_begun or self._headers_timer is not None or self._is_answering():
+            super()._unset_keepalive_if_required()
+
+    def _is_idle(self) -> bool:
+        return not self._message_begun and not self._is_answering()
+
+    def _is_answering(self) -> bool:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request
+        return cycle is not None and not cycle.response_complete
+
+    def _await_headers(self) -> None:
+        self._header_bytes = 0
+        self._headers_timer = self.loop.call_later(self.headers_within_s, self._headers_are_late)
+
+    def _headers_are_here(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _headers_are_late(self) -> None:
+        self._headers_timer = None
+        if self._is_answering():
+            self._await_headers()  # of a further request, which may have to wait
+        elif self._message_begun:
+            self._refuse(408, "headers_timeout", f"the headers did not come within {self.headers_within_s:g} s")
+        else:
+            self.transport.close()
+
+    def _watch_answer(self, unread_bytes: int) -> None:
+        if unread_bytes:
+            self._answer_timer = self.loop.call_later(self.timeout_keep_alive, self._check_answer, unread_bytes)
+
+    def _check_answer(self, unread_bytes: int) -> None:
+        self._answer_timer = None
+        now_unread = self.transport.get_write_buffer_size()
+        if now_unread >= unread_bytes:
+            self.transport.abort()
+        else:
+            self._watch_answer(now_unread)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        """Answer what never became a request, and end the connection."""
+        self._headers_are_here()
+        if self.transport.is_closing():
+            return
+        if self._is_answering():
+            self.transport.abort()  # there is no place for a second answer
+            return
+        content = orjson.dumps(error_content(code, message))
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + content)
+        self.transport.close()

@@ -1,0 +1,256 @@
+"""Connections over a real socket, written byte by byte."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from server.connection import Connection
+
+KEEP_ALIVE_S = 0.3
+
+
+class Hasty(Connection):
+    headers_within_s = 0.3
+    most_header_bytes = 2000
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    """/read answers with the number of bytes in the body, /refuse before it has read any, /large with very many."""
+    size = 0
+    if scope["path"] == "/read":
+        while True:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+    content = bytes(50_000_000) if scope["path"] == "/large" else str(size).encode()
+    headers = [(b"content-length", str(len(content)).encode())]
+    await send(
+        {"type": "http.response.start", "status": 503 if scope["path"] == "/refuse" else 200, "headers": headers}
+    )
+    await send({"type": "http.response.body", "body": content})
+
+
+class Client:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, *lines: str, body: bytes = b"") -> None:
+        """Send lines, of which an empty one ends a head, and a body."""
+        self._writer.write("\r\n".join([*lines, ""]).encode() + body)
+        await self._writer.drain()
+
+    async def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body."""
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+        headers = dict(line.lower().split(": ") for line in head[1:] if line)
+        return int(head[0].split()[1]), headers, await self._reader.readexactly(int(headers["content-length"]))
+
+    async def closed(self) -> bytes:
+        """Wait until the server closes the connection; what came before that."""
+        rest = b""
+        with suppress(ConnectionError):
+            while data := await self._reader.read(1 << 20):
+                rest += data
+        return rest
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Listener(uvicorn.Server):
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[int]:
+        self.config.load()
+        self.lifespan = self.config.lifespan_class(self.config)
+        await self.startup()
+        try:
+            yield self.servers[0].sockets[0].getsockname()[1]
+        finally:
+            self.should_exit = True
+            await self.shutdown()
+
+
+def run(test: Callable[[Callable[[], Awaitable[Client]]], Awaitable[None]]) -> None:
+    async def body() -> None:
+        config = uvicorn.Config(
+            application,
+            host="127.0.0.1",
+            port=0,
+            http=Hasty,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=1,
+        )
+        async with asyncio.timeout(20), Listener(config).running() as port:
+            clients: list[Client] = []
+
+            async def connect() -> Client:
+                clients.append(Client(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)))
+                return clients[-1]
+
+            try:
+                await test(connect)
+            finally:
+                for client in clients:
+                    client.close()
+
+    asyncio.run(body())
+
+
+HOST = "Host: here"
+
+
+def test_requests_follow_one_another() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for size in (3, 300_000):
+            await client.send("POST /read HTTP/1.1", HOST, f"Content-Length: {size}", "", body=bytes(size))
+            assert await client.answer() == (200, {"content-length": str(len(str(size)))}, str(size).encode())
+        assert await client.closed() == b""
+
+    run(test)
+
+
+def test_a_connection_without_a_request_is_closed() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        assert await (await connect()).closed() == b""
+
+    run(test)
+
+
+def test_slow_headers_are_408() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /read HTTP/1.1", HOST)
+
+        async def trickle() -> None:
+            while True:
+                await client.send("X-A: b")
+                await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        status, headers, content = await client.answer()
+        trickling.cancel()
+        assert (status, headers["connection"]) == (408, "close")
+        assert b"headers_timeout" in content
+        assert b"0.3 s" in content
+
+    run(test)
+
+
+def test_slow_headers_of_a_second_request_are_408_too() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 0", "")
+        assert (await client.answer())[0] == 200
+        await client.send("POST /read HTTP/1.1")
+        assert (await client.answer())[0] == 408
+
+    run(test)
+
+
+def test_headers_without_end_are_431() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /read HTTP/1.1", HOST)
+        await asyncio.sleep(0.05)
+        await client.send("X-A: " + "b" * 2100)
+        status, headers, content = await client.answer()
+        assert (status, headers["connection"]) == (431, "close")
+        assert b"2000" in content
+
+    run(test)
+
+
+def test_after_an_early_answer_the_rest_of_the_body_is_thrown_away_and_the_connection_goes_on() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /refuse HTTP/1.1", HOST, "Content-Length: 1000000", "", body=bytes(10))
+        assert (await client.answer())[0] == 503
+        await client.send(body=bytes(999_990))
+        await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 3", "", body=b"abc")
+        assert await client.answer() == (200, {"content-length": "1"}, b"3")
+        assert await client.closed() == b""  # when it has been idle
+
+    run(test)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1000000", "Transfer-Encoding: chunked"])
+def test_a_body_that_trickles_after_an_early_answer_keeps_no_connection(framing: str) -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /refuse HTTP/1.1", HOST, framing, "")
+        assert (await client.answer())[0] == 503
+
+        async def trickle() -> None:
+            with suppress(ConnectionError):
+                while True:
+                    await client.send("1", "x")
+                    await asyncio.sleep(0.02)
+
+        trickling = asyncio.create_task(trickle())
+        assert await client.closed() == b""
+        trickling.cancel()
+
+    run(test)
+
+
+def test_who_asks_before_sending_is_refused_with_the_connection_closed() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /refuse HTTP/1.1", HOST, "Content-Length: 9", "Expect: 100-continue", "")
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"]) == (503, "close")
+        assert await client.closed() == b""
+
+    run(test)
+
+
+def test_who_asks_before_sending_is_told_to_go_on() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 9", "Expect: 100-continue", "")
+        assert await client._reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await client.send(body=b"123456789")
+        assert (await client.answer())[2] == b"9"
+
+    run(test)
+
+
+def test_line_breaks_between_requests_keep_no_connection() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 0", "")
+        assert (await client.answer())[0] == 200
+        await client.send("")
+        assert await client.closed() == b""
+
+    run(test)
+
+
+def test_an_answer_that_nobody_reads_is_not_kept() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("POST /large HTTP/1.1", HOST, "Content-Length: 0", "")
+        await asyncio.sleep(3 * KEEP_ALIVE_S)
+        assert len(await client.closed()) < 50_000_000
+
+    run(test)
+
+
+def test_requests_that_are_sent_ahead_get_their_answers_in_order() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for size in range(5):
+            await client.send("POST /read HTTP/1.1", HOST, f"Content-Length: {size}", "", body=bytes(size))
+        assert [(await client.answer())[2] for _ in range(5)] == [str(size).encode() for size in range(5)]
+
+    run(test)
