@@ -33,9 +33,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
-KERNELS := $(wildcard plugins/msda/*.cpp plugins/msda/*.cu plugins/msda/*.h plugins/msda/*.inc)
+KERNELS := $(wildcard $(foreach kind,cpp cu h inc,plugins/*/*.$(kind)))
 # The library that plugins/build.py makes last: it stands for all of them.
-NATIVE := plugins/msda/libmsda_onnxruntime.so
+NATIVE := plugins/built/libmsda_onnxruntime.so
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native serve test test-all lint format train clean
@@ -80,7 +80,7 @@ train: $(READY) $(NATIVE) ## retrain the embedded model: make train DATA=folder 
 		--name blood-cells --with-checkpoint --attach "$(OUTPUT)"/card/*
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) plugins/msda/*.o plugins/msda/*.so build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) plugins/built build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A line tells of every library that is built or that lacks a compiler or headers; what would use it runs slower. Where

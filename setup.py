@@ -19,7 +19,7 @@ class BuildNative(build_py):
         super().run()
         # Not imported: the package's own folder is not on the path of an isolated build.
         native: dict[str, Any] = runpy.run_path(str(ROOT / "plugins" / "build.py"))
-        folder = native["SOURCE"] if self.editable_mode else Path(self.build_lib) / "plugins" / "msda"
+        folder = native["BUILT"] if self.editable_mode else Path(self.build_lib) / "plugins" / "built"
         try:
             native["build"](folder)
         except (OSError, subprocess.CalledProcessError) as error:

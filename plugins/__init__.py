@@ -1,8 +1,8 @@
-"""MSDeformAttn for inference runtimes: where to find the native libraries, if they were built."""
+"""MSDeformAttn and the resize, compiled: where to find the native libraries, if they were built."""
 
 from pathlib import Path
 
-_BUILT = Path(__file__).parent / "msda"
+_BUILT = Path(__file__).parent / "built"
 
 
 def _built(name: str) -> Path | None:
@@ -26,3 +26,8 @@ def tensorrt_library() -> Path | None:
 def cuda_library() -> Path | None:
     """The CUDA kernel behind the C ABI of msda.h, or None where it was not built: it needs nvcc."""
     return _built("libmsda_cuda.so")
+
+
+def resize_library() -> Path | None:
+    """The paper's resize behind the C interface of resize.h, or None where it was not built: Pillow then does it."""
+    return _built("libresize.so")

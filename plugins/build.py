@@ -1,4 +1,4 @@
-"""Compile the native libraries beside their source: `python -m plugins.build`, or some: `... libmsda_tensorrt.so`.
+"""Compile the native libraries into the folder `built`: `python -m plugins.build`, or some: `... libmsda_tensorrt.so`.
 
 What the compilers and headers of this machine allow is built, and a line says what is missing and where it would be
 looked for; without a C++ compiler nothing is, and what would use the libraries runs without them, slower. Exits 1 only
@@ -16,7 +16,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "msda"
+ROOT = Path(__file__).parent
+SOURCE, BUILT = ROOT / "msda", ROOT / "built"
 KERNEL = "msda_cuda.cu"
 
 
@@ -25,21 +26,24 @@ class Library:
     """The kernels are compiled into each library: they load nothing of ours, and of CUDA the driver alone."""
 
     name: str
-    sources: tuple[str, ...]  # C++
+    sources: tuple[str, ...]  # C++, in the folder of this file
+    exact: bool = False  # no sum is put in another order
     cuda: bool = False  # holds the CUDA kernel
     without_cuda: bool = True  # is built, less MSDA_WITH_CUDA, where there is no nvcc
     tensorrt: bool = False  # needs its headers; nothing of it is linked
 
 
 LIBRARIES = (
-    Library("libmsda_cpu.so", ("msda_cpu.cpp",)),
+    Library("libresize.so", ("resize/resize.cpp",), exact=True),
+    Library("libmsda_cpu.so", ("msda/msda_cpu.cpp",)),
     Library("libmsda_cuda.so", (), cuda=True, without_cuda=False),
-    Library("libmsda_tensorrt.so", ("msda_tensorrt.cpp",), cuda=True, without_cuda=False, tensorrt=True),
-    Library("libmsda_onnxruntime.so", ("msda_onnxruntime.cpp", "msda_cpu.cpp"), cuda=True),
+    Library("libmsda_tensorrt.so", ("msda/msda_tensorrt.cpp",), cuda=True, without_cuda=False, tensorrt=True),
+    Library("libmsda_onnxruntime.so", ("msda/msda_onnxruntime.cpp", "msda/msda_cpu.cpp"), cuda=True),
 )
 
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math",
-         "-fno-signed-zeros", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # fmt: skip
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+FAST_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
+EXACT_FLAGS = ["-ffp-contract=off"]
 LINKED = "-Bsymbolic,--exclude-libs,ALL"  # calls to our own functions stay inside, and CUDA's runtime is not seen
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--threads", "0"]
 # Machine code for these, where nvcc knows them. For other GPUs the driver compiles PTX: the oldest's (sm_87, sm_110) or
@@ -136,7 +140,7 @@ def link(library: Library, folder: Path, objects: list[Path], with_cuda: bool) -
         fresh.unlink(missing_ok=True)
 
 
-def build(folder: Path = SOURCE, only: Collection[str] = ()) -> list[Path]:
+def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
     """Compile what can be into `folder` and return the libraries' paths; a line is printed for each, built or missing.
 
     With `only`, no libraries but those named.
@@ -151,6 +155,7 @@ def build(folder: Path = SOURCE, only: Collection[str] = ()) -> list[Path]:
         _say("no nvcc found ($NVCC, the path, /usr/local/cuda): nothing is built for GPUs")
     elif includes is None:
         _say("no TensorRT headers found ($TENSORRT_ROOT/include, /usr/include): its plugin is not built")
+    folder.mkdir(parents=True, exist_ok=True)
     built: list[Path] = []
     failures: list[subprocess.CalledProcessError] = []
     kernel: Path | None = None
@@ -161,13 +166,13 @@ def build(folder: Path = SOURCE, only: Collection[str] = ()) -> list[Path]:
             key = (*flags, source)
             if key not in objects:
                 path = Path(temporary) / f"{len(objects)}.o"
-                _run([*cpp, *FLAGS, *flags, "-c", str(SOURCE / source), "-o", str(path)])
+                _run([*cpp, *FLAGS, *flags, "-c", str(ROOT / source), "-o", str(path)])
                 objects[key] = path
             return objects[key]
 
         if cuda is not None:
-            try:  # it takes the longest, and is kept beside the source
-                kernel = compile_kernel(cuda, (SOURCE if folder == SOURCE else Path(temporary)) / "msda_cuda.o")
+            try:  # it takes the longest, and is kept
+                kernel = compile_kernel(cuda, (BUILT if folder == BUILT else Path(temporary)) / "msda_cuda.o")
             except subprocess.CalledProcessError as error:
                 _say(f"{KERNEL} was not compiled, nothing is built for GPUs: {error}")
                 failures.append(error)
@@ -178,10 +183,11 @@ def build(folder: Path = SOURCE, only: Collection[str] = ()) -> list[Path]:
                 continue
             try:
                 with_cuda = library.cuda and kernel is not None
-                flags = ["-DMSDA_WITH_CUDA"] if with_cuda else []
+                common = EXACT_FLAGS if library.exact else FAST_FLAGS
+                flags = [*common, "-DMSDA_WITH_CUDA"] if with_cuda else common
                 if library.tensorrt:  # what its headers define inline stays inside, too
-                    flags += ["-fvisibility=hidden", *(f"-isystem{path}" for path in includes or ())]
-                parts = [compiled(each, [] if each == "msda_cpu.cpp" else flags) for each in library.sources]
+                    flags = [*flags, "-fvisibility=hidden", *(f"-isystem{path}" for path in includes or ())]
+                parts = [compiled(each, common if each == "msda/msda_cpu.cpp" else flags) for each in library.sources]
                 parts += [kernel] if kernel is not None and library.cuda else []
                 built.append(link(library, folder, parts, with_cuda))
                 _say(f"built {library.name}{', with CUDA' if with_cuda else ''}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).parent / "msda" / "libmsda_cpu.so"
+LIBRARY = Path(__file__).parent / "built" / "libmsda_cpu.so"
 MAX_LEVEL_POINTS = 256  # the kernels' arrays
 NARROW = (torch.float16, torch.bfloat16)
 

@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
 done
 """
 CODES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_110", "sm_120")
-CPU_LIBRARIES = ["libmsda_cpu.so", "libmsda_onnxruntime.so"]
+CPU_LIBRARIES = ["libmsda_cpu.so", "libmsda_onnxruntime.so", "libresize.so"]
 ALL_LIBRARIES = [library.name for library in build.LIBRARIES]
 
 
@@ -102,7 +102,7 @@ def test_a_compiler_of_cpp_makes_what_the_cpu_needs(
     machine: Machine, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.put("g++")
-    assert [path.name for path in build.build(out)] == CPU_LIBRARIES
+    assert sorted(path.name for path in build.build(out)) == CPU_LIBRARIES
     assert names(out) == CPU_LIBRARIES
     assert not machine.calls("MSDA_WITH_CUDA")
     assert len(machine.calls(r"-c \S*msda_cpu\.cpp")) == 1, "what two libraries share is compiled once"
@@ -201,6 +201,7 @@ def test_libraries_are_found_where_they_are_built(tmp_path: Path, monkeypatch: p
         "libmsda_onnxruntime.so": plugins.onnxruntime_library,
         "libmsda_tensorrt.so": plugins.tensorrt_library,
         "libmsda_cuda.so": plugins.cuda_library,
+        "libresize.so": plugins.resize_library,
     }
     assert finders.keys() <= set(ALL_LIBRARIES)
     monkeypatch.setattr(plugins, "_BUILT", tmp_path)
