@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from bundle import BundleError
 from server.decode import decode
 from server.detect import FileOutcome, detect_files, find_pictures, open_engine
-from server.draw import draw_detections
+from server.draw import draw_detections, encode_png
 from server.engine import Engine
 from server.errors import BadParameter, ServiceError, StartupError
 from server.options import DetectOptions, category_ids, parse_options
@@ -144,7 +144,7 @@ def file_content(file: FileOutcome, options: DetectOptions) -> dict[str, object]
 
 
 def write_drawn(outcomes: Iterator[FileOutcome], folder: Path, inputs: Sequence[Path], max_image_pixels: int) -> int:
-    """Write each picture with its boxes into `folder` as a PNG; the number of files without an answer."""
+    """Write each picture with its boxes into `folder`, the files of format=image; the number without an answer."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = {path.resolve() for path in inputs}
     unread = 0
@@ -155,7 +155,7 @@ def write_drawn(outcomes: Iterator[FileOutcome], folder: Path, inputs: Sequence[
             continue
         target = free_name(folder, file.path.stem, taken)
         picture = decode(file.path.read_bytes(), max_image_pixels)
-        draw_detections(picture, file.outcome.detections).save(target, compress_level=3)
+        target.write_bytes(encode_png(draw_detections(picture, file.outcome.detections)))
         print(f"{file.path} -> {target}: {len(file.outcome.detections)} detections", flush=True)
     return unread
 

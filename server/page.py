@@ -20,13 +20,8 @@ def build_page_router() -> APIRouter:
     """`/` and the sample picture it offers. Neither asks for an API key: the page itself does, when it needs one."""
     html = assemble_page()
     plain, packed = html.encode(), gzip.compress(html.encode(), mtime=0)
-    headers = {
+    headers = {  # and what every answer has: `harden`
         "Content-Security-Policy": content_policy(html),
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), microphone=(), geolocation=()",  # a file input's camera is the system's
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",
         "ETag": f'W/"{hashlib.sha256(plain).hexdigest()[:16]}"',  # weak: packed or not, it is the same page
         "Vary": "Accept-Encoding",
@@ -43,11 +38,7 @@ def build_page_router() -> APIRouter:
 
     @router.get("/sample.jpg")
     def sample() -> Response:  # not async: drawing takes a while the first time
-        return Response(
-            _sample_jpeg(),
-            media_type="image/jpeg",
-            headers={"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"},
-        )
+        return Response(_sample_jpeg(), media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     return router
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from bundle import BundleMissing
 from cli.main import main
+from server.app import create_app
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
 from tests.server.pictures import BLACK, BOX, GREEN, HEIGHT, RED, WIDTH, rectangle
@@ -131,6 +133,19 @@ def test_draw_writes_pictures_and_no_json(folder: Path, capsys: pytest.CaptureFi
     with Image.open(drawn / "a.png") as picture:
         assert picture.size == (WIDTH, HEIGHT)
         assert picture.getpixel((BOX[0], BOX[3] - 1)) not in (RED, BLACK), "the box's corner is drawn"
+
+
+def test_draw_writes_the_very_file_that_the_service_answers(folder: Path, engine: FakeEngine) -> None:
+    upright = folder / "phone.jpg"
+    picture = rectangle((255, 255, 0))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(upright, exif=exif, quality=95)
+    assert main(["detect", str(upright), "--draw", str(folder / "drawn"), "--threshold", "0.1"]) == 0
+    with TestClient(create_app(Settings(bundle=folder), FakeEngine())) as client:
+        headers = {"Content-Type": "image/jpeg"}
+        served = client.post("/detect?format=image&threshold=0.1", content=upright.read_bytes(), headers=headers)
+    assert served.content == (folder / "drawn" / "phone.png").read_bytes()
 
 
 def test_draw_never_overwrites_an_input(folder: Path) -> None:
