@@ -31,7 +31,7 @@ FIRST_RATE_RPS = 4.0
 P99_MS = 200.0
 DRAWN = 16
 TUNED = ("engine_instances", "engine_threads", "max_batch_size", "max_delay_ms")
-PLACED = ("host", "port")
+PLACED = ("host", "port", "metrics_host", "metrics_port")
 REPORTED = ("bundle", "engine", "device", *TUNED, "queue_limit", "decode_threads", "default_timeout_ms")
 
 DESCRIPTION = """\
@@ -361,7 +361,9 @@ def read_payloads(arguments: argparse.Namespace) -> tuple[Sequence[Payload], str
 
 
 def read_api_key(parser: argparse.ArgumentParser, path: Path | None, settings: Settings | None) -> str | None:
-    """The key in the file; else one of those that the server to be started will want."""
+    """The key in the file; else the first of those that the server to be started will want."""
+    if path is None and settings is not None and not settings.api_keys:
+        path = settings.api_keys_file
     if path is not None:
         try:
             key = path.read_text(encoding="utf-8").partition("\n")[0].strip()

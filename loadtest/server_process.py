@@ -44,7 +44,9 @@ def serving(flags: Sequence[str], environment: Mapping[str, str] | None = None) 
     Raises ServerNotStarted with the end of its log.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "cli.main", "serve", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    # A metrics port of the environment may be that of a server which is in use.
+    place = ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", "0"]
+    command = [sys.executable, "-m", "cli.main", "serve", *flags, *place]
     variables = {"DDETR_LOG_LEVEL": "warning", **os.environ, **(environment or {})}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
