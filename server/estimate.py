@@ -7,8 +7,8 @@ from collections import deque
 
 from bundle import Canvas
 
-_WINDOW = 64  # newest batches of a canvas that are remembered: a size that is not run any more is forgotten with them
-_NEWEST = 9  # of a size; their median is what counts, so up to four outliers do nothing
+_WINDOW = 32  # newest batches of a canvas that are remembered: a size that is not run any more is forgotten with them
+_NEWEST = 5  # of a size; their median is what counts: two outliers do nothing, and a third is none
 _DECODES = 33  # newest pictures whose median stands for all
 _NEWEST_SHARE = 0.02  # weight of the newest image in the mix of canvases
 _LONGEST_RETRY_S = 60

@@ -45,7 +45,7 @@ def test_a_canvas_not_seen_costs_by_its_pixels(estimate: Estimate) -> None:
 def test_outliers_change_nothing_and_what_lasts_does(estimate: Estimate) -> None:
     for _ in range(9):
         estimate.observe(SMALL, 1, 0.1)
-    for _ in range(4):
+    for _ in range(2):
         estimate.observe(SMALL, 1, 30.0)
     assert estimate.batch_s(SMALL, 1) == pytest.approx(0.1)
     estimate.observe(SMALL, 1, 30.0)
@@ -55,7 +55,7 @@ def test_outliers_change_nothing_and_what_lasts_does(estimate: Estimate) -> None
 
 def test_a_size_that_is_not_run_any_more_is_forgotten(estimate: Estimate) -> None:
     estimate.observe(SMALL, 4, 100.0)  # whatever it was
-    for _ in range(63):
+    for _ in range(31):
         estimate.observe(SMALL, 1, 0.1)
     assert estimate.batch_s(SMALL, 4) == pytest.approx(100.0)
     estimate.observe(SMALL, 1, 0.1)
