@@ -29,7 +29,8 @@ class Observe:
     """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state.
 
     In the state it finds afterwards what the stages knew: `images`, `images_failed`, `priority`, `batch_size`, `times`,
-    `error_code`, and as `cause` the exception behind an error of ours. `paths` are the routes; all else is one route, `unmatched`.
+    `error_code`, and as `cause` the exception behind an error of ours. `paths` are the routes; all
+    else is one route, `unmatched`.
     """
 
     def __init__(
