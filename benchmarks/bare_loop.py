@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 from PIL import Image
 
 from bundle import read_bundle
@@ -28,7 +29,7 @@ def main() -> int:
     bundle = read_bundle(settings.bundle)
     engines: list[Engine] = [OnnxRuntimeEngine(bundle, settings) for _ in range(settings.engine_instances)]
     pictures = [Image.open(io.BytesIO(payload.body)) for payload in drawn(settings.max_batch_size, seed=0)]
-    prepared = [preprocess(picture, bundle.manifest) for picture in pictures]
+    prepared = [preprocess(np.asarray(picture), bundle.manifest) for picture in pictures]
     canvas = prepared[0][1]
     batch = engines[0].prepare([pixels for pixels, _ in prepared], canvas)
     for engine in engines:

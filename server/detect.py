@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from bundle import read_bundle
 from server.decode import decode
 from server.engine import Engine, open_engines, run_engine
@@ -42,7 +44,7 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
     marks_s = [time.monotonic()]
     picture = decode(data, max_image_pixels)
     marks_s.append(time.monotonic())
-    pixels, canvas = preprocess(picture, manifest)
+    pixels, canvas = preprocess(np.asarray(picture), manifest)
     marks_s.append(time.monotonic())
     try:
         raw = run_engine(engine, [pixels], canvas).of_slot(0)

@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from bundle import Canvas, CanvasError, Manifest, choose_canvas, resized_size
 from server.errors import ShapeUnsupported
+from server.resize import Pixels, resize
 from server.timing import StageTimes
-
-Pixels: TypeAlias = NDArray[np.uint8]  # [h, w, 3] RGB
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +23,18 @@ class PreparedImage:
     times: StageTimes
 
 
-def preprocess(picture: Image.Image, manifest: Manifest) -> tuple[Pixels, Canvas]:
-    """`picture` (RGB) resized by the manifest's rule, and the canvas it goes on.
+def preprocess(picture: Pixels, manifest: Manifest) -> tuple[Pixels, Canvas]:
+    """`picture` [h, w, 3] resized by the manifest's rule, and the canvas it goes on.
 
-    Bilinear, antialiased on shrinking, on 8-bit values: Pillow's own, which the paper's pipeline uses.
-    Raises ShapeUnsupported if no canvas does.
+    Bilinear, antialiased on shrinking, on 8-bit values: as Pillow does it, which the paper's pipeline uses.
+    Raises ShapeUnsupported if no canvas holds it.
     """
-    height, width = resized_size(picture.height, picture.width, manifest.resize)
+    height, width = resized_size(*picture.shape[:2], manifest.resize)
     try:
         canvas = choose_canvas(height, width, manifest.canvases)
     except CanvasError as error:
-        raise ShapeUnsupported(f"{picture.width}x{picture.height} pixels, resized: {error}") from error
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(picture), canvas
+        raise ShapeUnsupported(f"{picture.shape[1]}x{picture.shape[0]} pixels, resized: {error}") from error
+    return resize(picture, height, width), canvas
 
 
 def lay_on_canvas(images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDArray[np.int64]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from PIL import Image
 from starlette.datastructures import Headers
 
@@ -211,7 +212,7 @@ class Service:
 
         def prepare(picture: Image.Image) -> PreparedImage:
             decoded_s = self.clock()
-            pixels, canvas = preprocess(picture, self.manifest)
+            pixels, canvas = preprocess(np.asarray(picture), self.manifest)
             times = StageTimes(
                 admit=(admitted_s - arrived_s) * 1e3,
                 decode=(decoded_s - admitted_s) * 1e3,

@@ -1,5 +1,4 @@
 import numpy as np
-from PIL import Image
 
 from bundle import Canvas
 from server.preprocess import lay_on_canvas, preprocess
@@ -7,7 +6,7 @@ from tests.server.fake_engine import MANIFEST
 
 
 def test_resizes_by_the_rule_and_picks_the_canvas() -> None:
-    pixels, canvas = preprocess(Image.new("RGB", (320, 240)), MANIFEST)
+    pixels, canvas = preprocess(np.zeros((240, 320, 3), np.uint8), MANIFEST)
     assert pixels.shape == (64, 85, 3)
     assert pixels.dtype == np.uint8
     assert canvas == Canvas(height=64, width=96)
@@ -15,7 +14,7 @@ def test_resizes_by_the_rule_and_picks_the_canvas() -> None:
 
 def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
     values = np.random.default_rng(0).integers(0, 255, (96, 64, 3), np.uint8)
-    pixels, canvas = preprocess(Image.fromarray(values), MANIFEST)
+    pixels, canvas = preprocess(values, MANIFEST)
     assert np.array_equal(pixels, values)
     assert canvas == Canvas(height=96, width=64)
 
@@ -23,7 +22,7 @@ def test_a_picture_of_the_right_size_is_left_as_it_is() -> None:
 def test_resize_is_bilinear_and_antialiased() -> None:
     stripes = np.zeros((128, 192, 3), np.uint8)
     stripes[:, ::2] = 200
-    pixels, _ = preprocess(Image.fromarray(stripes), MANIFEST)
+    pixels, _ = preprocess(stripes, MANIFEST)
     # Without antialiasing every second column would be taken: all 0 or all 200.
     assert np.abs(pixels[:, 2:-2].astype(int) - 100).max() <= 1
 
@@ -42,6 +41,5 @@ def test_canvas_is_zero_around_each_image() -> None:
 
 
 def test_preprocess_takes_no_part_of_its_answer_from_elsewhere() -> None:
-    picture = Image.new("RGB", (50, 70), (1, 2, 3))
-    pixels, _ = preprocess(picture, MANIFEST)
+    pixels, _ = preprocess(np.full((70, 50, 3), (1, 2, 3), np.uint8), MANIFEST)
     assert (pixels == (1, 2, 3)).all()
