@@ -14,7 +14,8 @@ from tests.server.tiny_bundle import write_tiny_bundle
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(bundle=Path("no-bundle"), decode_threads=2)
+    # An engine that a test holds is not to be taken for one that hangs, however slow the machine.
+    return Settings(bundle=Path("no-bundle"), decode_threads=2, stall_timeout_ms=60_000)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def hold():
     print("held", flush=True)
 
 threading.Thread(target=hold).start()
-sys.exit(serve(Settings(port=0, bundle="none"), engine))
+sys.exit(serve(Settings(port=0, bundle="none", stall_timeout_ms=60_000), engine))
 """
 
 
@@ -82,6 +82,13 @@ class Server:
         """The next line that the process prints."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
+
+    def get(self, path: str) -> bytes:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("GET", path)
+        content = connection.getresponse().read()
+        connection.close()
+        return content
 
     def detect(self) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -131,15 +138,24 @@ def test_a_stop_under_load_loses_nothing(servers: list[Server]) -> None:
     servers.append(server)
     server.say()
     assert server.hear() == "held"
-    with ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.detect)
+    waiting = 14  # behind the first one: a batch that is prepared, and three in the queue
+    with ThreadPoolExecutor(1 + waiting) as pool:
+        answers = [pool.submit(server.detect)]
         assert server.hear() == "begun"
+        answers += [pool.submit(server.detect) for _ in range(waiting)]
+        while server.get("/metrics").find(b"ddetr_queue_depth %d.0" % waiting) < 0:
+            pass
         server.process.send_signal(signal.SIGTERM)
-        server.read_log("SIGTERM: finishing 1 images")
+        server.read_log(f"SIGTERM: finishing {1 + waiting} images")
         server.read_log("Shutting down")
         assert server.refuses()
-        server.say()
-        assert answer.result(timeout=30)[0] == 200
+        assert not any(answer.done() for answer in answers)
+        for _ in range(5):  # one batch after the other
+            server.say()
+        for answer in answers:
+            status, content = answer.result(timeout=30)
+            assert (status, b'"class_id":1' in content) == (200, True)
+        assert [server.hear() for _ in range(4)] == ["begun"] * 4
     _, rest = server.process.communicate(timeout=30)
     assert server.process.returncode == 0, server.log + rest
 
