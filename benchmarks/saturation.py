@@ -38,8 +38,8 @@ from bundle import embedded_bundle
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 120.0
 ASKED_RATIO = 0.95
-REST_MS = 20.0
-"""Of the engine that sleeps, a batch: some 200 images a second in batches of 4."""
+REST_MS = 5.0
+"""Of the engine that sleeps, an image: at most 200 images a second."""
 RULES = {"640x480 as it is": (480, 640, 2.0), "640x480 to 800x1066": (800, 1333, 4.0)}
 """By what is done with a picture: the resize rule's sides, and the ms of CPU time that are asked for."""
 
@@ -217,22 +217,27 @@ def beside_the_loop(args: argparse.Namespace) -> bool:
     )
     engine_ms, rest_ms, client_cores = (median(rounds, name) for name in ("engine_ms", "rest_ms", "client_cores"))
     print(
-        f"CPU time an image: the loop's {bare_ms:.2f} ms; the server's engine {engine_ms:.2f}, all else {rest_ms:.2f} ms, "
-        f"of it the event loop {median(rounds, 'event_loop_ms'):.2f} (by subtracting the loop's: "
-        f"{engine_ms + rest_ms - bare_ms:.2f}); the client's {client_cores * 1e3 / rate:.2f} ms, {client_cores:.3f} cores"
+        f"CPU time an image: the loop's {bare_ms:.2f} ms; the server's engine {engine_ms:.2f}, all else {rest_ms:.2f}, "
+        f"of it the event loop {median(rounds, 'event_loop_ms'):.2f}; the client's {client_cores * 1e3 / rate:.2f}"
+    )
+    print(
+        f"(all else by subtracting the loop's: {engine_ms + rest_ms - bare_ms:.2f} ms; the client takes "
+        f"{client_cores:.3f} cores)"
     )
     return ratio >= ASKED_RATIO
 
 
 def without_an_engine(args: argparse.Namespace) -> bool:
     """The second part; whether the CPU times are what was asked."""
-    print(f"\nan engine that sleeps {REST_MS:g} ms a batch of up to {args.max_batch_size}, {args.clients} clients")
+    batch_ms = REST_MS * args.max_batch_size
+    print(f"\nan engine that sleeps {batch_ms:g} ms a batch of up to {args.max_batch_size}, {args.clients} clients")
     print(
-        f"{'':<22}{'CPU ms a request':>18}{'asked':>7}{'best':>7}{'worst':>7}{'event loop':>12}{'requests/s':>12}{'client cores':>14}"
+        f"{'':<22}{'CPU ms a request':>18}{'asked':>7}{'best':>7}{'worst':>7}{'event loop':>12}{'requests/s':>12}"
+        f"{'client cores':>14}"
     )
     kept = True
     for name, (shortest, longest, asked_ms) in RULES.items():
-        rest = ["--rest", str(shortest), str(longest), str(REST_MS)]
+        rest = ["--rest", str(shortest), str(longest), str(batch_ms)]
         settings = {"max_batch_size": args.max_batch_size, "device": "cpu"}
         with (
             server(rest, settings) as (under_load, url),
@@ -242,7 +247,8 @@ def without_an_engine(args: argparse.Namespace) -> bool:
         found = [each.rest_ms for each in rounds]
         print(
             f"{name:<22}{statistics.median(found):>18.2f}{asked_ms:>7g}{min(found):>7.2f}{max(found):>7.2f}"
-            f"{median(rounds, 'event_loop_ms'):>12.2f}{median(rounds, 'rate'):>12.1f}{median(rounds, 'client_cores'):>14.3f}",
+            f"{median(rounds, 'event_loop_ms'):>12.2f}{median(rounds, 'rate'):>12.1f}"
+            f"{median(rounds, 'client_cores'):>14.3f}",
             flush=True,
         )
         kept = kept and statistics.median(found) <= asked_ms
