@@ -31,4 +31,4 @@ class Promises:
         before_s = self._until_s[priority] if priority == "interactive" else max(self._until_s.values())
         due_s = min(max(now_s + wait_s, before_s) + images / (rate * _PROMISED_SHARE), now_s + LONGEST_S)
         self._until_s[priority] = due_s
-        return max(1, math.ceil(due_s - now_s))
+        return min(LONGEST_S, max(1, math.ceil(due_s - now_s)))
