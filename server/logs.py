@@ -6,6 +6,7 @@ begin a line, in either form, or end one.
 
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ LogFormat = Literal["auto", "json", "text"]
 # Lines that wait for a slow reader of the log: some 20 MB. What comes after them is counted, not kept.
 _MOST_WAITING = 50_000
 _MOST_AT_ONCE = 500
+_WORD = re.compile(r"[\w.,:;/@%+*()<>\[\]{}~!?#'|&-]+", re.ASCII)
 # A reader that takes nothing for so long at the end has gone.
 _PATIENCE_S = 5.0
 
@@ -194,5 +196,4 @@ def _printable(text: str) -> str:
 def _word(value: object) -> str:
     """`value` as one word; in quotes, as JSON, if it is none by itself."""
     text = str(value)
-    simple = text.isascii() and text.isprintable() and text and not any(char in ' "=\\' for char in text)
-    return text if simple else json.dumps(text)
+    return text if _WORD.fullmatch(text) else json.dumps(text)
