@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from bundle import Canvas, CanvasError, Manifest, choose_canvas, resized_size
 from server.errors import ShapeUnsupported
-from server.resize import Pixels, resize
+from server.resize import Pixels as Pixels
+from server.resize import resize
 from server.timing import StageTimes
 
 
@@ -29,7 +30,7 @@ def preprocess(picture: Pixels, manifest: Manifest) -> tuple[Pixels, Canvas]:
     Bilinear, antialiased on shrinking, on 8-bit values: as Pillow does it, which the paper's pipeline uses.
     Raises ShapeUnsupported if no canvas holds it.
     """
-    height, width = resized_size(*picture.shape[:2], manifest.resize)
+    height, width = resized_size(picture.shape[0], picture.shape[1], manifest.resize)
     try:
         canvas = choose_canvas(height, width, manifest.canvases)
     except CanvasError as error:

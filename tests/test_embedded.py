@@ -45,7 +45,7 @@ def smears(tmp_path_factory: pytest.TempPathFactory) -> CocoSplit:
 
 
 def detect(client: TestClient, data: bytes, query: str = "threshold=0&box_format=xywh") -> list[dict[str, Any]]:
-    response = client.post(f"/detect?{query}", content=data, headers={"Content-Type": "image/png"})
+    response = client.post(f"/detect?{query}", content=data, headers={"Content-Type": "image/*"})
     assert response.status_code == 200, response.text
     detections: list[dict[str, Any]] = response.json()["images"][0]["detections"]
     return detections
