@@ -1,8 +1,10 @@
 """The real server in a process of its own."""
 
 import http.client
+import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,6 +160,23 @@ def test_a_stop_under_load_loses_nothing(servers: list[Server]) -> None:
         assert [server.hear() for _ in range(4)] == ["begun"] * 4
     _, rest = server.process.communicate(timeout=30)
     assert server.process.returncode == 0, server.log + rest
+
+
+def test_every_line_of_its_log_is_json_to_the_last(servers: list[Server], tiny_bundle: Bundle) -> None:
+    server = Server(SERVE, {"DDETR_BUNDLE": str(tiny_bundle.path), "DDETR_DEVICE": "cpu"})
+    servers.append(server)
+    for _ in range(20):
+        assert server.detect()[0] == 200
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"no HTTP\nat all\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+    assert server.end(signal.SIGTERM) == 0
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    answered = [line for line in lines if line["message"] == "POST /detect 200"]
+    assert len(answered) == len({line["request_id"] for line in answered}) == 20
+    assert all(line["inference_ms"] > 0 and line["client"] == "127.0.0.1" for line in answered)
+    assert {line["logger"].partition(".")[0] for line in lines} == {"ddetr", "uvicorn"}
+    assert lines[-1]["message"].startswith("Finished server process")
 
 
 def test_what_keeps_it_from_starting_is_one_line(tmp_path: Path) -> None:
