@@ -76,7 +76,7 @@ function explainSilence(error, upload) {
 }
 
 /** `text` as one word of a shell. */
-const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+const quote = (text) => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
 
 /**
  * The command that asks for what the page shows. `labels`: null for all classes. The key itself is never part of it.

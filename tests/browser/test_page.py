@@ -291,6 +291,25 @@ def test_what_is_no_picture_is_told_and_what_is_shown_stays(visit: OpenPage, pic
     assert page.detections_asked() == 1
 
 
+def test_what_is_no_file_is_told_with_what_to_do(visit: OpenPage) -> None:
+    page = visit()
+    page.page.evaluate(
+        """navigator.clipboard.writeText("https://example.org/picture.png")
+            .then(() => document.getElementById("sample").focus())"""
+    )
+    page.page.keyboard.press("Control+v")
+    assert "There is no picture on the clipboard." in page.problem()
+    page.page.evaluate(
+        """() => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.setData("text/uri-list", "https://example.org/picture.png");
+            document.body.dispatchEvent(new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer }));
+        }"""
+    )
+    assert "nothing is fetched from elsewhere" in page.problem()
+    assert page.detections_asked() == 0
+
+
 def test_a_broken_file_is_told_with_what_to_do(visit: OpenPage, picture: Path) -> None:
     page = visit()
     broken = picture.with_name("broken.png")
