@@ -14,6 +14,7 @@ class Connection(HttpToolsProtocol):
     """What the service itself never gets to see.
 
     - A request's line and headers come within `headers_within_s`, in `most_header_bytes`; else 408 or 431.
+    - What is around a body, as the sizes of chunks and trailers are, is not longer than that and the body; else 431.
     - The rest of a body that was answered early, as all refusals are, is thrown away for as long as an idle connection
       may last; then the connection is closed. Closing at once would reset it, and with it the answer.
     - Who asks first whether to send the body (`Expect: 100-continue`), and is refused, may or may not send it: what
@@ -28,6 +29,8 @@ class Connection(HttpToolsProtocol):
     _answer_timer: asyncio.TimerHandle | None = None
     _message_begun = False  # and not complete
     _header_bytes = 0
+    _body_bytes = 0
+    _bytes_around = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -45,10 +48,17 @@ class Connection(HttpToolsProtocol):
         """Take in a piece of a request, of the rest of one, or of several."""
         if self._message_begun and self._headers_timer is not None:
             self._header_bytes += len(data)
+        elif self._message_begun:
+            self._bytes_around += len(data)  # less those of the body, when it is known which these are
         super().data_received(data)
         if self._message_begun and self._headers_timer is not None:
             if self._header_bytes > self.most_header_bytes:
                 self._refuse(431, "too_many_header_bytes", f"more than {self.most_header_bytes} bytes of headers")
+        elif self._message_begun:
+            most = self.most_header_bytes + self._body_bytes
+            if self._bytes_around > most:
+                message = f"{self._bytes_around} bytes around {self._body_bytes} of body"
+                self._refuse(431, "too_many_header_bytes", message, in_body=True)
         elif self._is_idle() and self.timeout_keep_alive_task is None and not self.transport.is_closing():
             # uvicorn sets this timer at an answer, and any byte ends it: even one that begins no request.
             self.timeout_keep_alive_task = self.loop.call_later(
@@ -63,12 +73,24 @@ class Connection(HttpToolsProtocol):
             self._await_headers()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; trailers are nothing to the service, and would be added to the headers."""
+        if self._headers_timer is not None:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The request can be answered."""
         self._headers_are_here()
+        self._body_bytes = self._bytes_around = 0
         super().on_headers_complete()
         if self.expect_100_continue:
             self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._body_bytes += len(body)
+        self._bytes_around -= len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body has come whole."""
@@ -123,12 +145,12 @@ class Connection(HttpToolsProtocol):
         else:
             self._watch_answer(now_unread)
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
+    def _refuse(self, status: int, code: str, message: str, in_body: bool = False) -> None:
         """Answer what never became a request, and end the connection."""
         self._headers_are_here()
         if self.transport.is_closing():
             return
-        if self._is_answering():
+        if self.pipeline or self.cycle.response_started if in_body else self._is_answering():
             self.transport.abort()  # there is no place for a second answer
             return
         content = orjson.dumps(error_content(code, message))
