@@ -7,6 +7,7 @@ from typing import ClassVar
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.observe import log_refusal
 from server.respond import error_content
 
 
@@ -160,3 +161,4 @@ class Connection(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + content)
         self.transport.close()
+        log_refusal(self.client, status, code)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.connection import Connection
 from server.errors import StartupError
 
 logger = logging.getLogger("ddetr.run")
@@ -21,7 +22,7 @@ async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     port = listener.getsockname()[1]
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

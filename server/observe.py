@@ -121,6 +121,12 @@ class Observe:
         return path if path in self._paths else ""
 
 
+def log_refusal(client: tuple[str, int] | None, status: int, error_code: str) -> None:
+    """The line of what was answered without ever becoming a request."""
+    fields = {"client": client[0] if client else None, "status": status, "error": error_code}
+    logger.warning("no request %d", status, extra={"fields": fields})
+
+
 def _request_id(headers: Headers) -> str:
     """The caller's, if it can stand in a header and a log line; else a new one."""
     given = headers.get("x-request-id", "")
