@@ -11,8 +11,8 @@ from server.estimate import Estimate
 Stage = Literal["reading", "decoding", "waiting", "running"]
 
 _RATIOS = 200  # newest answers that are held against what was predicted for them
-_MAY_BE_LATE = 3  # of these, beyond what the margin allows for
-_UNTRIED_MARGIN = 1.5
+_MAY_BE_LATE = 1  # of these, beyond what the margin allows for
+_UNTRIED_MARGIN = 2.0
 _LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
 
 
