@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 EXIT_FAILED = 1
+TERMINATED = 143  # what a shell reports for a command ended by SIGTERM
 
 LOAD_S, STEP_S, TRIAL_S = 20.0, 15.0, 8.0
 FIRST_RATE_RPS = 4.0
@@ -70,11 +72,15 @@ def run(argv: Sequence[str]) -> int:
             return EXIT_MISSING_EXTRA
     from loadtest.errors import LoadtestError
 
+    # By default SIGTERM ends a process at once, and the server that it started would stay.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         return _bench(parser, arguments, serve_flags, without_keys(argv))
     except (LoadtestError, BundleError) as error:
         print(f"ddetr bench: {error}", file=sys.stderr)
         return EXIT_FAILED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -76,7 +76,8 @@ def search(target: Target, payloads: Sequence[Payload], plan: Plan, bounds: Boun
     target_ms = plan.target_ms or 0.0
     say(
         f"searching for the highest rate with p99 within {target_ms:g} ms: some 10 steps of "
-        f"{plan.warmup_s + plan.duration_s:g} s or longer"
+        f"{plan.warmup_s + plan.duration_s:g} s, slow ones longer (for {STEP_REQUESTS} requests, up to "
+        f"{LONGEST_STEP_S:g} s)"
     )
 
     def step(rate_rps: float, phase: SearchPhase) -> Measurement:

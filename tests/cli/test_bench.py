@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +14,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cli.bench import argument_parser, plan, split_at_dashes
+from cli.bench import TERMINATED, argument_parser, plan, split_at_dashes
 from cli.main import main
 from loadtest.client import Target
 from loadtest.errors import ServerNotReady
 from loadtest.payload import Payload
 from loadtest.report import Measurement, Plan, Report, Server
 from tests.loadtest.made import SERVER, measurement
+from tests.server.tiny_bundle import write_tiny_bundle
+
+ROOT = Path(__file__).parents[2]
 
 
 class StandIn:
@@ -245,3 +253,19 @@ def test_durations_have_their_defaults_by_kind() -> None:
     arguments = argument_parser().parse_args(["--rate", "5"])
     assert plan(arguments, 20.0, None).duration_s == 20
     assert plan(argument_parser().parse_args(["--duration", "2.5"]), 20.0, None).duration_s == 2.5
+
+
+def test_when_it_is_ended_its_server_ends_too(tmp_path: Path) -> None:
+    bundle = write_tiny_bundle(tmp_path / "tiny").path
+    command = [sys.executable, "-m", "cli.main", "bench", "--bundle", str(bundle), "--rate", "5", "--duration", "600"]
+    with subprocess.Popen([*command, "--", "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "open loop" not in seen:
+            seen += process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == TERMINATED
+    found = re.search(r"http://127\.0\.0\.1:(\d+)", seen)
+    assert found is not None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", int(found[1]))).close()
