@@ -36,7 +36,9 @@ async function detect(next) {
   const seen = showPicture(upload.blob);
   try {
     const startedMs = performance.now();
-    const response = await askForDetections(upload, model, key, mine.signal);
+    // Asked for once, down to the slider's lowest: what is above is filtered here.
+    const most = model?.max_detections ?? 100, least = $("threshold").min;
+    const response = await askForDetections(upload, { least, most, key, signal: mine.signal });
     const received = await response.json().catch(() => null);
     const tookMs = performance.now() - startedMs;
     const isVisible = await seen;
@@ -205,7 +207,8 @@ $("overlay").onpointermove = (event) => { if (event.pointerType === "mouse") lig
 $("overlay").onpointerleave = () => light(pinned);
 $("overlay").onclick = (event) => {
   const detection = detectionAt(event);
-  if (detection) pin(detection, true); else { pinned = null; light(null); mark(); }
+  if (detection) pin(detection, true); else { pinned = null; mark(); }
+  if (pinned === null) light(null);  // a finger that has left points at nothing
 };
 
 document.onpaste = (event) => {
@@ -214,13 +217,15 @@ document.onpaste = (event) => {
   else complain({ title: "There is no picture on the clipboard.", advice: "Copy the picture itself, not its address, and paste again. Or save it and choose the file.", detail: "" });
 };
 let depth = 0;  // dragenter and dragleave come for every element on the way
-document.ondragenter = () => { depth += 1; document.body.classList.add("over"); };
+const brings = (event, type) => event.dataTransfer.types.includes(type);
+document.ondragenter = (event) => { depth += 1; document.body.classList.toggle("over", brings(event, "Files")); };
 document.ondragleave = () => { depth -= 1; if (depth <= 0) { depth = 0; document.body.classList.remove("over"); } };
-document.ondragover = (event) => event.preventDefault();
+document.ondragover = (event) => { if (brings(event, "Files") || brings(event, "text/uri-list")) event.preventDefault(); };
 document.ondrop = (event) => {
-  event.preventDefault();
   depth = 0;
   document.body.classList.remove("over");
+  if (!brings(event, "Files") && !brings(event, "text/uri-list")) return;  // text, for a field
+  event.preventDefault();
   if (event.dataTransfer.files.length) take(event.dataTransfer.files);
   else complain({ title: "That was no file.", advice: "Save the picture first, then drop the file: nothing is fetched from elsewhere.", detail: "" });
 };

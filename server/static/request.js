@@ -1,7 +1,6 @@
 "use strict";
 // What goes to the server and comes back: the request, its failure in words, and the same request as a command.
 
-const LEAST_SCORE = 0.05;  // the slider's lowest: asked for once, and everything above is filtered in the page
 const AS_PICTURE = { "Content-Type": "image/*" };  // of which format, the server sees; a file's name may be wrong about it
 
 /** The server's answer to `path`, relative to this page, with the API key if there is one. */
@@ -12,9 +11,9 @@ function ask(path, key, options = {}) {
   return fetch(new URL(path, document.baseURI), { ...options, headers });
 }
 
-/** A request to find all that `upload` holds, once. */
-function askForDetections(upload, model, key, signal) {
-  const query = new URLSearchParams({ threshold: LEAST_SCORE, max_detections: model?.max_detections ?? 100 });
+/** A request to find all that `upload` holds, from the score `least` on. */
+function askForDetections(upload, { least, most, key, signal }) {
+  const query = new URLSearchParams({ threshold: least, max_detections: most });
   return ask(`detect?${query}`, key, { method: "POST", body: upload.blob, headers: AS_PICTURE, signal });
 }
 
