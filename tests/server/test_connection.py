@@ -157,7 +157,7 @@ def test_slow_headers_of_a_second_request_are_408_too() -> None:
     run(test)
 
 
-def test_headers_without_end_are_431() -> None:
+def test_headers_without_end_are_431_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def test(connect: Callable[[], Awaitable[Client]]) -> None:
         client = await connect()
         await client.send("POST /read HTTP/1.1", HOST)
@@ -168,6 +168,8 @@ def test_headers_without_end_are_431() -> None:
         assert b"2000" in content
 
     run(test)
+    (record,) = [record for record in caplog.records if record.name == "ddetr.access"]
+    assert record.__dict__["fields"] == {"client": "127.0.0.1", "status": 431, "error": "too_many_header_bytes"}
 
 
 def test_after_an_early_answer_the_rest_of_the_body_is_thrown_away_and_the_connection_goes_on() -> None:
