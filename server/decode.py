@@ -2,13 +2,16 @@
 
 import io
 import re
+from collections.abc import Callable
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
 from server.errors import ImageError, ImageTruncated
 from server.headers import Header, read_header
+from server.resize import Pixels
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -18,6 +21,15 @@ _TRANSPOSE = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
+}
+_TURN: dict[int, Callable[[Pixels], Pixels]] = {  # the same for arrays
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, 3),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
 }
 _WHITE = (255, 255, 255)
 
@@ -44,6 +56,12 @@ def decode(data: bytes, max_image_pixels: int) -> Image.Image:
     return decode_picture(read_header(data, max_image_pixels))
 
 
+def decode_pixels(header: Header) -> Pixels:
+    """`decode_picture` as an array [h, w, 3]; for a plain JPEG the same bytes in half the time."""
+    pixels = _decode_jpeg(header) if header.format == "JPEG" else None
+    return np.asarray(decode_picture(header)) if pixels is None else pixels
+
+
 def decode_picture(header: Header) -> Image.Image:
     """The picture of a file whose header has been read. Raises ImageError or one of its kinds."""
     try:
@@ -56,6 +74,21 @@ def decode_picture(header: Header) -> Image.Image:
         raise ImageError(f"the {header.format} file cannot be decoded: {error}") from error
     method = _TRANSPOSE.get(header.orientation)
     return picture if method is None else picture.transpose(method)
+
+
+def _decode_jpeg(header: Header) -> Pixels | None:
+    """By libjpeg-turbo, which Pillow calls too, without its detours. None for what Pillow shall judge: CMYK, errors."""
+    try:
+        colours = simplejpeg.decode_jpeg_header(header.file, strict=True)[2]
+        if colours in {"CMYK", "YCCK"}:
+            return None
+        pixels = simplejpeg.decode_jpeg(header.file, "RGB", strict=True)
+    except ValueError:
+        return None
+    if pixels.shape != (header.height, header.width, 3):
+        return None
+    turn = _TURN.get(header.orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def _load(header: Header) -> Image.Image:

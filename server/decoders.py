@@ -8,11 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from PIL import Image
-
-from server.decode import decode_picture
+from server.decode import decode_pixels
 from server.headers import Header, read_header
 from server.progress import Progress
+from server.resize import Pixels
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -91,7 +90,7 @@ class Decoders:
     async def decode(
         self,
         data: bytes,
-        then: Callable[[Image.Image], T],
+        then: Callable[[Pixels], T],
         *,
         check: Callable[[], object] = lambda: None,
         more_bytes_a_pixel: int = 0,
@@ -107,7 +106,7 @@ class Decoders:
         def decode_small() -> T | _Large:
             check()
             header = read_header(data, self._max_image_pixels)
-            return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_picture(header))
+            return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_pixels(header))
 
         result = await self._run(self._small, self._progress, decode_small)
         if not isinstance(result, _Large):
@@ -116,7 +115,7 @@ class Decoders:
 
         def decode_large() -> T:
             check()
-            return then(decode_picture(header))
+            return then(decode_pixels(header))
 
         borrowed = await self._allowance.borrow(peak_bytes(header))
         loop = asyncio.get_running_loop()

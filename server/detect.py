@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from bundle import read_bundle
-from server.decode import decode
+from server.decode import decode_pixels
 from server.engine import Engine, open_engines, run_engine
 from server.errors import EngineFailed, ImageError
+from server.headers import read_header
 from server.options import DetectOptions, category_ids
 from server.postprocess import postprocess
 from server.preprocess import preprocess
@@ -42,9 +41,10 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
     manifest = engine.manifest
     wanted_ids = category_ids(options.classes, manifest.categories)
     marks_s = [time.monotonic()]
-    picture = decode(data, max_image_pixels)
+    picture = decode_pixels(read_header(data, max_image_pixels))
+    height, width, _ = picture.shape
     marks_s.append(time.monotonic())
-    pixels, canvas = preprocess(np.asarray(picture), manifest)
+    pixels, canvas = preprocess(picture, manifest)
     marks_s.append(time.monotonic())
     try:
         raw = run_engine(engine, [pixels], canvas).of_slot(0)
@@ -53,8 +53,8 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
     marks_s.append(time.monotonic())
     detections = postprocess(
         raw,
-        picture.width,
-        picture.height,
+        width,
+        height,
         manifest.categories,
         threshold=options.threshold,
         max_detections=options.max_detections,
@@ -65,7 +65,7 @@ def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_imag
         (end - start) * 1e3 for start, end in zip(marks_s, marks_s[1:], strict=False)
     )
     times = StageTimes(decode=decode_ms, preprocess=preprocess_ms, inference=inference_ms, postprocess=postprocess_ms)
-    return ImageAnswer(picture.width, picture.height, detections, times)
+    return ImageAnswer(width, height, detections, times)
 
 
 def detect_files(

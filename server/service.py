@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 from PIL import Image
 from starlette.datastructures import Headers
 
@@ -24,7 +23,7 @@ from server.line import Line, Place
 from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
 from server.postprocess import Detection, postprocess
-from server.preprocess import PreparedImage, preprocess
+from server.preprocess import Pixels, PreparedImage, preprocess
 from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
 from server.settings import Settings
@@ -35,8 +34,8 @@ logger = logging.getLogger("ddetr.service")
 # Up to here taking a body apart is quicker than handing it to a thread; 30 MB of JSON would hold everyone up for 0.3 s.
 _INLINE_BYTES = 1 << 20
 
-# What drawing takes of a pixel beside the picture: its copy, and the file.
-_DRAWING_BYTES = 8
+# What drawing takes of a pixel beside the pixels: a picture of them, its copy, and the file.
+_DRAWING_BYTES = 12
 
 _QUEUED_BODIES = 4  # of the largest, where `max_queued_bytes` says nothing
 
@@ -87,7 +86,7 @@ class Service:
         )
         self._started = False
         self._start_lock = asyncio.Lock()
-        metrics.watch_queue(lambda: self.batcher.waiting)
+        metrics.watch_queue(lambda: self.batcher.waiting, lambda: self.admission.held_bytes)
         metrics.set_model(self.manifest, self.engine_name)
 
     async def start(self) -> None:
@@ -199,8 +198,8 @@ class Service:
     async def draw(self, upload: bytes, detections: Sequence[Detection]) -> bytes:
         """The upload as a PNG with its detections drawn on it."""
 
-        def draw(picture: Image.Image) -> bytes:
-            return encode_png(draw_detections(picture, detections))
+        def draw(picture: Pixels) -> bytes:
+            return encode_png(draw_detections(Image.fromarray(picture), detections))
 
         # Decoded a second time: to keep every picture until its answer is there would cost far more.
         return await self._decoders.decode(upload, draw, more_bytes_a_pixel=_DRAWING_BYTES)
@@ -210,15 +209,15 @@ class Service:
             if self.clock() >= deadline_s:
                 raise DeadlinePassed("the deadline passed before a thread was free to decode the image")
 
-        def prepare(picture: Image.Image) -> PreparedImage:
+        def prepare(picture: Pixels) -> PreparedImage:
             decoded_s = self.clock()
-            pixels, canvas = preprocess(np.asarray(picture), self.manifest)
+            pixels, canvas = preprocess(picture, self.manifest)
             times = StageTimes(
                 admit=(admitted_s - arrived_s) * 1e3,
                 decode=(decoded_s - admitted_s) * 1e3,
                 preprocess=(self.clock() - decoded_s) * 1e3,
             )
-            return PreparedImage(pixels, canvas, picture.width, picture.height, times)
+            return PreparedImage(pixels, canvas, picture.shape[1], picture.shape[0], times)
 
         return await self._decoders.decode(upload, prepare, check=check)
 

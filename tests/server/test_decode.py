@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from server.decode import decode
+from server.decode import decode, decode_picture, decode_pixels
 from server.errors import (
     FormatUnsupported,
     ImageAnimated,
@@ -16,6 +16,7 @@ from server.errors import (
     ImageTooLarge,
     ImageTruncated,
 )
+from server.headers import read_header
 from tests.server.fake_engine import box_of_bright
 from tests.server.pictures import BOX, GREEN, HEIGHT, WHITE, WIDTH, encode, rectangle
 
@@ -274,3 +275,43 @@ def test_animations_are_refused() -> None:
 def test_pixels_are_those_of_pillow() -> None:
     data = encode(Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 70, 3), np.uint8)), "JPEG")
     assert np.array_equal(np.asarray(decode(data, LIMIT)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def noisy_jpeg(mode: str = "RGB", orientation: int = 1, size: tuple[int, int] = (61, 38), **options: object) -> bytes:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(Image.fromarray(values).convert(mode), "JPEG", exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_of_a_jpeg_are_those_of_its_picture_however_it_is_turned(orientation: int) -> None:
+    header = read_header(noisy_jpeg(orientation=orientation), LIMIT)
+    assert header.orientation == orientation
+    assert np.array_equal(decode_pixels(header), np.asarray(decode_picture(header)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 5}, {"restart_marker_rows": 1}],
+)
+def test_pixels_of_a_jpeg_are_those_of_its_picture_of_any_kind(mode: str, options: dict[str, object]) -> None:
+    header = read_header(noisy_jpeg(mode, **options), LIMIT)
+    pixels = decode_pixels(header)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.asarray(decode_picture(header)))
+
+
+def test_a_jpeg_with_broken_data_gets_what_pillow_makes_of_it() -> None:
+    data = bytearray(noisy_jpeg(size=(200, 160), quality=90))
+    middle = len(data) // 2
+    data[middle : middle + 40] = b"\x55" * 40
+    header = read_header(bytes(data), LIMIT)
+    assert np.array_equal(decode_pixels(header), np.asarray(decode_picture(header)))
+
+
+@pytest.mark.parametrize("kind", sorted(kinds()))
+def test_pixels_of_every_kind_are_those_of_the_picture(kind: str) -> None:
+    header = read_header(kinds()[kind], LIMIT)
+    assert np.array_equal(decode_pixels(header), np.asarray(decode_picture(header)))

@@ -266,7 +266,7 @@ def test_a_decoder_that_hangs_is_seen_when_its_client_has_left(
         gate.wait(timeout=30)
 
     async def test(site: Site) -> None:
-        monkeypatch.setattr("server.decoders.decode_picture", hang)
+        monkeypatch.setattr("server.decoders.decode_pixels", hang)
         try:
             request = site.post()
             await asyncio.to_thread(entered.wait)
