@@ -103,13 +103,14 @@ function complain({ title, advice, detail, mayRetry = false }) {
   $("problem-detail").textContent = detail;
   $("problem").hidden = false;  // filled before it is shown: an alert is read out as it appears
   $("again").hidden = !mayRetry || upload === null;
+  $("problem").scrollIntoView({ block: "nearest" });
 }
 
 function askForKey() {
   needsKey = true;
   $("key-form").hidden = false;
   enter(upload ? "failed" : "start", "");
-  if (key) complain({ title: IN_WORDS.unauthorized[0], advice: IN_WORDS.unauthorized[1], detail: "" });
+  $("key-problem").textContent = key ? "This server does not know that key. Check it, and type it again." : "";
   $("key").focus();
 }
 

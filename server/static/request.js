@@ -44,7 +44,6 @@ const IN_WORDS = {
   body_timeout: ["The picture came too slowly, and the server gave up on it.", "Try again; a smaller picture comes quicker."],
   draining: ["The server is about to stop, or to start anew.", "Try again"],
   deadline_passed: ["The answer took too long.", "Try again; a smaller picture is quicker."],
-  unauthorized: ["This server does not know that API key.", "Check it, and type it again above."],
 };
 const FAILED = ["The server failed on this picture.", "Try again. If it keeps failing, tell whoever runs the server; the request's id is below."];
 const REFUSED = ["The server did not accept the request.", "What it says is below."];
