@@ -150,12 +150,14 @@ class Batcher:
 
     def _next(self, *, ahead: bool) -> Batch | None:
         now_s = self._clock()
+        if ahead:
+            return self._queue.pop(now_s, draining=self._draining, ahead=True)
         for entry in self._queue.drop_expired(now_s):
             fail(entry, DeadlinePassed("the deadline passed in the queue"))
-        batch = self._queue.pop(now_s, draining=self._draining, ahead=ahead)
-        if batch is None and not ahead:  # before it does nothing, an engine takes over what lies behind another's batch
-            batch = next((taken for lane in self._lanes if (taken := lane.take_back()) is not None), None)
-        return batch
+        if (batch := self._queue.pop(now_s, draining=self._draining)) is not None:
+            return batch
+        # Before it does nothing, an engine takes over what lies behind another's batch.
+        return next((taken for lane in self._lanes if (taken := lane.take_back()) is not None), None)
 
     def _make_way(self) -> None:
         for lane in self._lanes:

@@ -9,7 +9,7 @@ import uvicorn
 
 from server.app import create_app
 from server.connection import Connection
-from server.engine import Engine
+from server.engine import Engine, OpenEngine
 from server.errors import StartupError
 from server.logs import close_log, open_log
 from server.service import Service
@@ -18,7 +18,7 @@ from server.settings import Settings
 logger = logging.getLogger("ddetr.run")
 
 
-def serve(settings: Settings, engine: Engine | None = None) -> int:
+def serve(settings: Settings, engine: Engine | OpenEngine | None = None) -> int:
     """Serve the settings' bundle (or `engine`) until SIGTERM or SIGINT, and finish what was admitted.
 
     Returns the exit status: 0, or 1 if it cannot start.
@@ -30,7 +30,7 @@ def serve(settings: Settings, engine: Engine | None = None) -> int:
         close_log(log)
 
 
-def _serve(settings: Settings, engine: Engine | None) -> int:
+def _serve(settings: Settings, engine: Engine | OpenEngine | None) -> int:
     try:
         app = create_app(settings, engine)
     except StartupError as error:
