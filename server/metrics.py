@@ -71,6 +71,9 @@ class Metrics:
             "ddetr_build_info", "The software in service; always 1.", ["version", "python"], registry=self._registry
         ).labels(version(), platform.python_version()).set(1)
         ProcessCollector(registry=self._registry)  # memory, CPU time, open files, start
+        self._held_bytes = Gauge(
+            "ddetr_held_bytes", "Bytes of uploads not yet decoded, and of bodies on their way.", registry=self._registry
+        )
         self._model_info = Gauge(
             "ddetr_model_info",
             "The model in service; always 1.",
@@ -86,9 +89,10 @@ class Metrics:
         for how in ("died", "hung"):
             self.engine_restarts.labels(how)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Ask `depth` for the queue's length at every scrape."""
+    def watch_queue(self, depth: Callable[[], int], held_bytes: Callable[[], int]) -> None:
+        """Ask at every scrape for the queue's length, and for the bytes held."""
         self._queue_depth.set_function(depth)
+        self._held_bytes.set_function(held_bytes)
 
     def set_model(self, manifest: Manifest, engine_name: str) -> None:
         """Name the model in service, instead of any before."""

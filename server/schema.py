@@ -40,9 +40,15 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorSchema(BaseModel):
-    """In the place of an answer, or of one image's."""
+    """In the place of one image's answer."""
 
     error: ErrorDetail
+
+
+class RefusalSchema(ErrorSchema):
+    """In the place of a request's answer."""
+
+    request_id: str
 
 
 class DetectSchema(BaseModel):
@@ -183,5 +189,5 @@ DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "detections, in descending score",
         "content": {"image/png": {"schema": _FILE}},
     },
-    **{status: {"model": ErrorSchema, "description": text} for status, text in _ERRORS.items()},
+    **{status: {"model": RefusalSchema, "description": text} for status, text in _ERRORS.items()},
 }

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,23 +175,31 @@ def test_who_leaves_is_logged_as_gone(lines: Lines) -> None:
     assert b"ddetr_requests_in_flight 0.0" in metrics.exposition()
 
 
-def test_requests_in_flight_are_counted(settings: Settings) -> None:
+def test_requests_in_flight_and_their_bytes_are_told(settings: Settings) -> None:
     async def body() -> None:
-        engine = FakeEngine()
-        app = create_app(settings, engine)
+        app = create_app(settings, FakeEngine())
+        picture, rest_may_come = encode(rectangle(RED)), asyncio.Event()
+
+        async def in_two_pieces() -> AsyncIterator[bytes]:
+            yield picture[:100]
+            await rest_may_come.wait()
+            yield picture[100:]
+
         async with (
             app.router.lifespan_context(app),
             httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client,
         ):
-            engine.gate.clear()
-            task = asyncio.create_task(client.post("/detect", content=encode(rectangle(RED)), headers=PNG))
+            task = asyncio.create_task(client.post("/detect", content=in_two_pieces(), headers=PNG))
             text = ""
-            while "ddetr_requests_in_flight 1.0" not in text:
+            while "ddetr_held_bytes 100.0" not in text:
                 await asyncio.sleep(0.001)  # answering a scrape suspends nowhere
                 text = (await client.get("/metrics")).text
-            engine.gate.set()
+            assert "ddetr_requests_in_flight 1.0" in text
+            rest_may_come.set()
             assert (await task).status_code == 200
-            assert "ddetr_requests_in_flight 0.0" in (await client.get("/metrics")).text
+            text = (await client.get("/metrics")).text
+            assert "ddetr_requests_in_flight 0.0" in text
+            assert "ddetr_held_bytes 0.0" in text
 
     asyncio.run(asyncio.wait_for(body(), 30))
 
