@@ -282,6 +282,8 @@ def _bench(
         plot(report, arguments.plot)
         say(f"plot: {arguments.plot}")
     answered = any(measurement.answered for measurement in report.measurements)
+    if not report.valid:
+        print("ddetr bench: not all figures are the server's, see the remarks", file=sys.stderr)
     return 0 if answered and report.valid else EXIT_FAILED
 
 

@@ -1,5 +1,6 @@
 """What `ddetr bench` does, once it knows what is wanted: one load, two, a search or a tuning."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ COMFORTABLE_SHARE = 0.7
 STEP_REQUESTS = 200
 """A step of a search is as long as these need: of fewer, the 99th percentile says nothing."""
 LONGEST_STEP_S = 60.0
+TRIAL_REQUESTS, TRIAL_BATCHES = 100, 30
+"""A trial of a tuning is as long as both need, within the same bound."""
 _START_S = 4.0  # a guess, for the expected duration only
 
 
@@ -95,23 +98,49 @@ def search(target: Target, payloads: Sequence[Payload], plan: Plan, bounds: Boun
 
 
 @dataclass
+class _Pace:
+    """How quick servers were so far: by it, how long a trial must be."""
+
+    plan: Plan
+    answers_rps: float | None = None
+
+    def seconds_for(self, requests: float, rate_rps: float | None) -> float:
+        """As long as the plan says, or until so many requests are answered at that rate."""
+        if not rate_rps:
+            return self.plan.duration_s
+        return round(min(max(self.plan.duration_s, requests / rate_rps), max(self.plan.duration_s, LONGEST_STEP_S)), 3)
+
+
+@dataclass
 class _Loads:
     """A server with a candidate's settings."""
 
     target: Target
     payloads: Sequence[Payload]
-    plan: Plan
+    candidate: Candidate
     clients: int
+    pace: _Pace
     measurements: list[Measurement]
 
     def saturate(self) -> Measurement:
-        return self._measure({"concurrency": self.clients, "target_ms": None})
+        # Answers come by batches: a trial's ends cut through one, which must be a small part of all.
+        needed = max(TRIAL_REQUESTS, TRIAL_BATCHES * self.candidate.max_batch_size)
+        measured = self._saturate(self.pace.seconds_for(needed, self.pace.answers_rps))
+        longer_s = self.pace.seconds_for(needed, measured.throughput_rps or None)
+        if measured.answered < needed / 2 and longer_s > measured.plan.duration_s:
+            measured = self._saturate(longer_s)
+        self.pace.answers_rps = measured.throughput_rps or self.pace.answers_rps
+        return measured
 
     def at_rate(self, rate_rps: float, target_ms: float | None) -> Measurement:
-        return self._measure({"rate_rps": round(rate_rps, 3), "target_ms": target_ms})
+        seconds = self.pace.seconds_for(STEP_REQUESTS, rate_rps)
+        return self._measure({"rate_rps": round(rate_rps, 3), "target_ms": target_ms, "duration_s": seconds})
+
+    def _saturate(self, duration_s: float) -> Measurement:
+        return self._measure({"concurrency": self.clients, "target_ms": None, "duration_s": duration_s})
 
     def _measure(self, load: Mapping[str, float | None]) -> Measurement:
-        measured = measure(self.target, self.payloads, self.plan.model_copy(update=load))
+        measured = measure(self.target, self.payloads, self.pace.plan.model_copy(update=load))
         self.measurements.append(measured)
         return measured
 
@@ -122,12 +151,12 @@ class _Progress:
 
     say: Say
     expected: int
-    trial_s: float
+    started_s: float = field(default_factory=time.monotonic)
     done: int = field(default=0)
 
     def __call__(self, trial: Trial) -> None:
         self.done += 1
-        left_s = max(0, self.expected - self.done) * self.trial_s
+        left_s = max(0, self.expected - self.done) * (time.monotonic() - self.started_s) / self.done
         self.say(f"{text.trial_line(trial)}   [{self.done} of about {self.expected}, {_minutes(left_s)} left]")
 
 
@@ -145,6 +174,7 @@ def tuning(
     server, start = first
     space: Space = space_for(start, cores, on_gpu=" on cpu" not in server.engine)
     measurements: list[Measurement] = []
+    pace = _Pace(plan)
 
     @contextmanager
     def serve(candidate: Candidate) -> Iterator[_Loads]:
@@ -152,14 +182,18 @@ def tuning(
         clients = max(SATURATING_CLIENTS, 4 * candidate.max_batch_size * candidate.engine_instances)
         clients = min(clients, most_clients, plan.connections)
         with serving(serve_flags, candidate.environment()) as process:
-            yield _Loads(Target(process.url, api_key, pid=process.pid), payloads, plan, clients, measurements)
+            served = Target(process.url, api_key, pid=process.pid)
+            yield _Loads(served, payloads, candidate, clients, pace, measurements)
 
     loads_each = 1 if plan.target_ms is None else 3
     trial_s = _START_S + loads_each * (plan.warmup_s + plan.duration_s)
     expected = space.expected_trials()
-    say(f"tuning: about {expected} trials of {trial_s:.0f} s, {_minutes(expected * trial_s)} in all")
+    say(
+        f"tuning: about {expected} trials of {trial_s:.0f} s or longer (until enough is answered), "
+        f"{_minutes(expected * trial_s)} or more"
+    )
     say(text.trial_header())
-    found = tune(serve, space, plan.target_ms, _Progress(say, expected, trial_s))
+    found = tune(serve, space, plan.target_ms, _Progress(say, expected))
     for line in ("", *text.tuning_result(found)):
         say(line)
     return Outcome("tuning", measurements, tuning=found)

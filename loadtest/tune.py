@@ -13,6 +13,7 @@ from typing import Protocol
 
 from loadtest.errors import ServerNotStarted
 from loadtest.report import Candidate, Measurement, Trial, TrialPhase, Tuning
+from loadtest.search import HOLDS_SHARE
 
 MARGIN = 0.03
 """A candidate must be better by this; of two that are nearer, the simpler one stays."""
@@ -52,7 +53,7 @@ class Space:
 
     def expected_trials(self) -> int:
         """About as many: how far batch sizes are followed shows only on the way."""
-        return 1 + len(self.divisions) + 3 + len(self.delays_ms) + 2 * ROUNDS
+        return 1 + len(self.divisions) + 3 + len(self.delays_ms) + 2 * ROUNDS + 2
 
 
 def space_for(start: Candidate, cores: int, on_gpu: bool) -> Space:
@@ -132,19 +133,22 @@ class _Tuner:
         return best, best_score
 
     def choose_delay(self, space: Space, best: Candidate, best_score: float) -> Candidate:
-        """The delay of least p95 at a rate that all can bear; the present one stays unless another is clearly less."""
+        """The delay of least p95 at a rate that all can bear; the present one stays unless another is clearly less,
+        and is so again when both are measured once more."""
         rate = DELAY_LOAD_SHARE * best_score
-        if not rate:
+        others = [best.model_copy(update={"max_delay_ms": delay}) for delay in space.delays_ms]
+        others = [other for other in others if other != best]
+        if not rate or not others:
             return best
         present = self._p95(best, rate)
-        for delay_ms in space.delays_ms:
-            candidate = best.model_copy(update={"max_delay_ms": delay_ms})
-            if delay_ms == space.start.max_delay_ms or present is None:
-                continue
-            found = self._p95(candidate, rate)
-            if found is not None and found < present * (1 - DELAY_MARGIN):
-                best, present = candidate, found
-        return best
+        by_p95 = [(found, other) for other in others if (found := self._p95(other, rate)) is not None]
+        if present is None or not by_p95:
+            return best
+        found, other = min(by_p95, key=lambda pair: pair[0])
+        if not _clearly_less(found, present):
+            return best
+        present, again = self._p95(best, rate), self._p95(other, rate)
+        return other if present is not None and again is not None and _clearly_less(again, present) else best
 
     def compare(self, candidate: Candidate, other: Candidate) -> float | None:
         """Score of `candidate` over that of `other`, measured in turns; None where `other` has none."""
@@ -187,7 +191,7 @@ class _Tuner:
             if rate < enough or not rate:
                 return rate, measured, f"{rate:.4g}/s is less than another holds: not tried"
             measured = loads.at_rate(rate, p99_ms)
-            if measured.valid and (measured.within_target or 0.0) >= 0.99:
+            if measured.valid and (measured.within_target or 0.0) >= HOLDS_SHARE:
                 return rate, measured, _remark(measured)
         return 0.0, measured, "does not hold the target at any rate tried"
 
@@ -198,8 +202,9 @@ class _Tuner:
         except ServerNotStarted as error:
             self._add(candidate, "delay", None, None, str(error))
             return None
-        self._add(candidate, "delay", None, measured, f"at {rate_rps:.4g}/s")
-        return measured.latency_ms.p95 if measured.latency_ms is not None else None
+        remark = _remark(measured)
+        self._add(candidate, "delay", None, measured, f"at {rate_rps:.4g}/s{remark and f'; {remark}'}")
+        return measured.latency_ms.p95 if measured.latency_ms is not None and measured.valid else None
 
     def _add(
         self, candidate: Candidate, phase: TrialPhase, score: float | None, measured: Measurement | None, remark: str
@@ -229,11 +234,15 @@ def _same_threads(candidate: Candidate, space: Space) -> bool:
     return candidate.engine_threads in (0, shared // start.engine_instances)
 
 
+def _clearly_less(found_ms: float, present_ms: float) -> bool:
+    return found_ms < present_ms * (1 - DELAY_MARGIN)
+
+
 def _remark(measured: Measurement) -> str:
+    if not measured.valid:
+        return measured.remarks[0]
     failed = measured.requests - measured.answered
-    if not failed:
-        return "" if measured.valid else measured.remarks[0]
-    return f"{failed} of {measured.requests} failed: {', '.join(measured.errors)}"
+    return f"{failed} of {measured.requests} failed: {', '.join(measured.errors)}" if failed else ""
 
 
 def _powers_of_two(most: int) -> Iterator[int]:

@@ -1,7 +1,9 @@
 """Short runs against a real server with a small bundle."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,12 +11,12 @@ from loadtest.client import Target
 from loadtest.errors import ServerGone, ServerNotStarted
 from loadtest.measure import measure
 from loadtest.payload import Payload, drawn
-from loadtest.report import Candidate, Measurement
+from loadtest.report import Candidate, Measurement, Plan
 from loadtest.search import Bounds
 from loadtest.server import inspect
 from loadtest.server_process import ServerProcess, serving
 from loadtest.session import saturation_and_open_loop, search, tuning
-from tests.loadtest.made import plan
+from tests.loadtest.made import SERVER, measurement, plan
 from tests.server.tiny_bundle import write_tiny_bundle
 
 PAYLOADS = drawn(3, seed=0, width=96, height=64)
@@ -116,6 +118,44 @@ def test_a_server_that_cannot_start_shows_its_log(tmp_path: Path) -> None:
         serving(["--bundle", str(tmp_path / "absent")]),
     ):
         pass
+
+
+def tuned_in_seconds(rate_rps: float, most_batch: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The lengths of a tuning's loads, on a server that answers `rate_rps` whatever its settings are."""
+    lengths: list[float] = []
+
+    @contextmanager
+    def served(flags: Sequence[str], environment: dict[str, str]) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(url="http://127.0.0.1:1", pid=None)
+
+    def measured(target: Target, payloads: Sequence[Payload], load: Plan) -> Measurement:
+        lengths.append(load.duration_s)
+        return measurement([50.0] * round(rate_rps * load.duration_s), throughput_rps=rate_rps, **load.model_dump())
+
+    monkeypatch.setattr("loadtest.session.serving", served)
+    monkeypatch.setattr("loadtest.session.measure", measured)
+    start = Candidate(engine_instances=1, engine_threads=0, max_batch_size=most_batch, max_delay_ms=5.0)
+    plan_s = plan(rate_rps=None, duration_s=8.0)
+    tuning((SERVER, start), PAYLOADS, plan_s, [], api_key=None, most_clients=64, cores=2, say=lambda _: None)
+    return lengths
+
+
+def test_a_slow_server_s_trials_are_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again, *others = tuned_in_seconds(2.5, 2, monkeypatch)
+    assert (first, again) == (8, 40), "100 requests"
+    assert min(others) >= 40
+    assert max(others) == 60, "200 requests would take longer at the rate where delays are compared"
+
+
+def test_a_quick_server_s_trials_are_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(tuned_in_seconds(1000.0, 4, monkeypatch)) == {8.0}
+
+
+def test_large_batches_need_longer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = tuned_in_seconds(50.0, 16, monkeypatch)
+    assert lengths[0] == 8
+    assert lengths[1] == 9.6, "30 batches of 16"
+    assert max(lengths) == 19.2, "30 of 32"
 
 
 @pytest.mark.slow

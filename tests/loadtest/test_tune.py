@@ -101,6 +101,18 @@ def test_the_delay_is_chosen_by_latency() -> None:
     assert all(trial.score is None and trial.remark == "at 35/s" for trial in delays)
 
 
+def test_a_delay_that_is_better_by_luck_is_not_chosen() -> None:
+    asked: list[Candidate] = []
+
+    def latency(candidate: Candidate) -> float:
+        asked.append(candidate)
+        return 30.0 if candidate.max_delay_ms == 20.0 and asked.count(candidate) == 1 else 50.0
+
+    found = Surface(lambda _: 50.0, latency).tune()
+    assert found.chosen == START
+    assert [trial.candidate.max_delay_ms for trial in found.trials if trial.phase == "delay"] == [5, 0, 20, 5, 20]
+
+
 def test_a_gain_that_does_not_show_again_is_dropped() -> None:
     asked: list[Candidate] = []
 
