@@ -186,10 +186,10 @@ def test_interactive_work_goes_first_and_finds_a_place_in_a_queue_full_of_batch_
             order.append(lane)
 
         batch = [asyncio.create_task(post("batch")) for _ in range(2)]
-        await site.until(lambda: site.service.admission.waiting >= 2)
+        await site.until(lambda: site.service.batcher.waiting == 2)
         assert refusal(await site.post(**{"X-Priority": "batch"})) == (429, "queue_full")
         interactive = [asyncio.create_task(post("interactive")) for _ in range(2)]
-        await site.until(lambda: site.service.admission.waiting >= 4)
+        await site.until(lambda: site.service.batcher.waiting == 4)
         assert refusal(await site.post()) == (429, "queue_full")
         site.engine.gate.set()
         await asyncio.gather(first, *batch, *interactive)
