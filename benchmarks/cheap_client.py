@@ -1,5 +1,5 @@
 """A client that saturates a server and takes as little CPU time for it as Python can: requests are made beforehand,
-answers are only measured. (`ddetr bench` takes some ten times as much; beside a server on two cores that is too much.)
+answers are only measured. (`ddetr bench` takes more than twice as much; beside a server on two cores that shows.)
 
 For benchmarks.saturation. For every line `WARMUP DURATION` (seconds) on standard input it prints "begun" when the
 warm-up ends, and a line of JSON when the duration has: `answers`, `failed`, `seconds`, `cpu_s`, `p50_ms`, `p99_ms`.

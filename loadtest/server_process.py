@@ -47,7 +47,7 @@ def serving(flags: Sequence[str], environment: Mapping[str, str] | None = None) 
     # A metrics port of the environment may be that of a server which is in use.
     place = ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", "0"]
     command = [sys.executable, "-m", "cli.main", "serve", *flags, *place]
-    variables = {"DDETR_LOG_LEVEL": "warning", **os.environ, **(environment or {})}
+    variables = {"DDETR_LOG_LEVEL": "warning", "DDETR_LOG_FORMAT": "text", **os.environ, **(environment or {})}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
