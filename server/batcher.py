@@ -98,6 +98,7 @@ class Batcher:
             return await entry.future
         finally:
             self._queue.discard(entry)
+            del entry  # its future holds an error, whose traceback holds this frame, which holds the image
 
     async def warm(self) -> None:
         """Run every engine on every canvas, so that no request pays for a first time. Errors are raised."""

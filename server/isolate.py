@@ -26,21 +26,25 @@ def infer_each(infer: Infer, images: Sequence[Pixels], blank: Pixels, first_slot
 
     After every failure the engine is asked for a blank picture: if it raises on that too, all are told EngineDied.
     """
+    answer: RawDetections | BaseException | None
     try:
-        answer: RawDetections | BaseException = infer(images)
+        answer = infer(images)
     except BaseException as error:  # a SystemExit of a library is an engine's failure like any other
         answer = error
-    if isinstance(answer, BaseException):
-        try:
-            infer([blank])
-        except BaseException as error:
-            raise EngineDied(f"{_describe(answer)}; on a blank picture: {_describe(error)}") from answer
-        if len(images) > 1:
-            half = len(images) // 2
-            yield from infer_each(infer, images[:half], blank, first_slot)
-            yield from infer_each(infer, images[half:], blank, first_slot + half)
-            return
-    yield Part(slice(first_slot, first_slot + len(images)), answer)
+    try:
+        if isinstance(answer, BaseException):
+            try:
+                infer([blank])
+            except BaseException as error:
+                raise EngineDied(f"{_describe(answer)}; on a blank picture: {_describe(error)}") from answer
+            if len(images) > 1:
+                half = len(images) // 2
+                yield from infer_each(infer, images[:half], blank, first_slot)
+                yield from infer_each(infer, images[half:], blank, first_slot + half)
+                return
+        yield Part(slice(first_slot, first_slot + len(images)), answer)
+    finally:
+        answer = None  # its traceback holds this frame, which holds the images
 
 
 def _describe(error: BaseException) -> str:

@@ -37,12 +37,16 @@ class _Run:
 
     batch: Batch
     began_s: float | None = None
-    work: "Future[None] | None" = None
+    work: "Future[None] | None" = None  # until it is done or taken back; it refers to this object, too
 
     @property
     def waiting(self) -> int:
         """Its images that an engine has not begun."""
         return 0 if self.began_s is not None else sum(not entry.future.done() for entry in self.batch.entries)
+
+    def cancel(self) -> bool:
+        """Whether the engine had not begun it, and will not."""
+        return self.work is not None and self.work.cancel()
 
 
 class Lane:
@@ -139,9 +143,11 @@ class Lane:
 
     def take_back(self) -> Batch | None:
         """The batch behind, unless the engine begins it just now."""
-        if len(self._runs) < 2 or not _cancel(self._runs[1]):
+        if len(self._runs) < 2 or not self._runs[1].cancel():
             return None
-        return self._runs.pop().batch
+        run = self._runs.pop()
+        run.work = None
+        return run.batch
 
     def check(self, elapsed_s: float) -> None:
         """Look after the engine; `elapsed_s` since the last time."""
@@ -160,7 +166,8 @@ class Lane:
         self.out_of_order = "closed"
         runs, self._runs = self._runs, []
         for run in runs:
-            _cancel(run)
+            run.cancel()
+            run.work = None
             for entry in run.batch.entries:
                 fail(entry, EngineFailed("the engine was stopped"))
         self._runner.close()
@@ -213,6 +220,7 @@ class Lane:
             self._replace("died", str(error))
             return
         self._runs.remove(run)
+        run.work = None
         self._changed()
 
     def _replace(self, reason: RestartReason, why: str) -> None:
@@ -223,7 +231,8 @@ class Lane:
         self._runner.out_of_service = True
         runs, self._runs = self._runs, []
         for run in runs:
-            _cancel(run)
+            run.cancel()
+            run.work = None
             self._lost(run.batch, run.began_s is not None)
         if self._reopen is not None:
             closed = self._runner.close()
@@ -279,10 +288,6 @@ def fail(entry: Entry, error: Exception) -> None:
     """Answer an entry with an error, unless it has been answered."""
     if not entry.future.done():
         entry.future.set_exception(error)
-
-
-def _cancel(run: _Run) -> bool:
-    return run.work is not None and run.work.cancel()
 
 
 def _post(loop: asyncio.AbstractEventLoop, handle: Callable[..., None], *args: object) -> None:

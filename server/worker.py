@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -25,20 +26,7 @@ class Worker:
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call `function` in the thread; its result, or what it raises, goes into the future."""
         future: Future[T] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function(*args, **kwargs)
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException as error:  # a SystemExit of a library must fail its batch, not end the event loop
-                future.set_exception(RuntimeError(f"the call raised {error!r}"))
-            else:
-                future.set_result(result)
-
-        self._calls.put(call)
+        self._calls.put(partial(_call, future, partial(function, *args, **kwargs)))
         return future
 
     def stop(self) -> None:
@@ -58,3 +46,18 @@ class Worker:
         while (call := self._calls.get()) is not None:
             call()
             del call  # holds the batch's images
+
+
+def _call(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except Exception as error:
+        future.set_exception(error)
+    except BaseException as error:  # a SystemExit of a library must fail its batch, not end the event loop
+        future.set_exception(RuntimeError(f"the call raised {error!r}"))
+    else:
+        future.set_result(result)
+    finally:
+        del future  # holds an error, whose traceback holds this frame

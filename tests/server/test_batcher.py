@@ -1,13 +1,15 @@
 """The batcher's rules, with an engine that waits at a gate and a clock that is moved by hand. Nothing sleeps."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
 from server.batch_queue import Inferred
 from server.errors import DeadlinePassed, Draining, EngineFailed
 from tests.server.bench import NEVER_S, TALL, WIDE, Bench, left_edge_px, run, settle, until
-from tests.server.fake_engine import MANIFEST, POISON
+from tests.server.fake_engine import LETHAL, MANIFEST, POISON
 
 
 def test_one_image_goes_at_once() -> None:
@@ -448,3 +450,27 @@ def test_an_idle_engine_takes_over_what_is_prepared_behind_another() -> None:
         await asyncio.gather(*first)
 
     run(test, engines=2)
+
+
+@pytest.mark.parametrize("corner", [0, POISON, LETHAL])
+def test_nothing_keeps_an_image_that_is_answered(corner: int) -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.hold()
+        images = [bench.image(), bench.image(corner=corner), bench.image(), bench.image()]
+        kept = [weakref.ref(image) for image in images]
+        tasks = [bench.submit(image) for image in images]
+        del images
+        await settle()
+        tasks[3].cancel()
+        bench.engine.gate.set()
+        await asyncio.gather(first, *tasks, return_exceptions=True)
+        del tasks, first
+        await bench.submit(bench.image())  # the threads let go of the last batch when they take the next
+        await until(lambda: not any(image() for image in kept))
+
+    gc.collect()
+    gc.disable()  # what only it would find stays for long, and a batch is tens of megabytes
+    try:
+        run(test, reopen=True)
+    finally:
+        gc.enable()

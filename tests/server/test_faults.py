@@ -151,7 +151,7 @@ def test_an_engine_that_dies_is_replaced_and_nobody_notices(settings: Settings, 
 
 
 def test_an_engine_that_hangs_is_replaced_and_health_tells(settings: Settings) -> None:
-    with site(settings, stall_timeout_ms=300) as server:
+    with site(settings, stall_timeout_ms=500) as server:
         server.engines.gate.clear()
         first = server.hold()
         others = [server.post(encode(rectangle(RED))) for _ in range(9)]
@@ -173,7 +173,7 @@ def test_health_fails_within_two_seconds_by_default() -> None:
 
 @pytest.mark.parametrize("level", [LETHAL, TAR])
 def test_an_image_that_takes_engines_down_costs_only_its_own_request(settings: Settings, level: int) -> None:
-    with site(settings, stall_timeout_ms=300) as server:
+    with site(settings, stall_timeout_ms=500) as server:
         first = server.hold()
         good = [server.post(encode(rectangle(RED))) for _ in range(2)]
         bad = server.post(grey(level))
