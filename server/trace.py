@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ddetr.trace")
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _LONGEST_TEXT = 200  # of what comes from outside
 # Fields of a log line, as attributes by their own names; the others have names in the conventions for HTTP.
 _OWN = {name: f"ddetr.{name}" for name in ("request_id", "images", "images_failed", "batch_size", "priority", "error")}
@@ -144,5 +145,8 @@ def open_tracing(version: str, environment: Mapping[str, str] | None = None) -> 
         attributes["service.name"] = "ddetr"
     provider = TracerProvider(resource=Resource.create(attributes))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name)), "http/protobuf")
+    if protocol != "http/protobuf":
+        logger.warning("traces are sent as http/protobuf, not as %r", protocol)
     logger.info("traces are sent where %s says", named)
     return Tracing(provider)

@@ -186,3 +186,13 @@ for index in range(5000):
     assert len(lines) == 5000 + ("the end" in ending)
     if "the end" in ending:
         assert (lines[-1]["level"], "the end" in lines[-1]["traceback"]) == ("critical", True)
+
+
+def test_a_reader_that_never_takes_anything_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.logs._PATIENCE_S", 0.05)
+    stream = Gated()
+    with queued(stream) as log:
+        log("0")
+        assert stream.entered.wait(30)
+    assert stream.getvalue() == ""
+    stream.gate.set()  # lets the thread go

@@ -167,6 +167,16 @@ def test_errors_refusals_and_probes(settings: Settings, collector: Collector) ->
     assert not any(collector.children(span) for span in collector.roots())
 
 
+def test_another_protocol_than_ours_is_told(
+    settings: Settings, collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    with TestClient(create_app(settings, FakeEngine())) as client:
+        client.get("/model")
+    assert "traces are sent as http/protobuf, not as 'grpc'" in caplog.text
+    assert len(collector.roots()) == 1
+
+
 def test_the_environment_names_the_service_and_decides_on_sampling(
     settings: Settings, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
