@@ -9,6 +9,9 @@ import subprocess
 import pytest
 
 
+FOR_TESTS = {"DDETR_FUZZ_SECONDS"}  # no setting of the service: how long each fuzzer runs
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
@@ -17,7 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Before any test module is imported: libraries read these once.
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in [name for name in os.environ if name.upper().startswith("DDETR_")]:
-        del os.environ[name]
+        if name not in FOR_TESTS:
+            del os.environ[name]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
