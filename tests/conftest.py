@@ -8,7 +8,6 @@ import subprocess
 
 import pytest
 
-
 FOR_TESTS = {"DDETR_FUZZ_SECONDS"}  # no setting of the service: how long each fuzzer runs
 
 
