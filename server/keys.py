@@ -96,7 +96,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
         if scope["type"] == "http" and self._keys.required:
-            path = scope["path"]
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
             if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
                 try:
                     self._keys.check(Headers(scope=scope))

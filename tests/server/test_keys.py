@@ -182,3 +182,9 @@ def test_keys_are_nowhere_to_be_seen(file: Path, caplog: pytest.LogCaptureFixtur
     shown.append(caplog.text)
     for text in shown:
         assert not any(key in text for key in ("first-key", "old-key-1", "wrong-key"))
+
+
+def test_behind_a_prefix_the_same_paths_are_open() -> None:
+    client = TestClient(create_app(Settings(api_keys="first-key"), FakeEngine()), root_path="/cells")
+    assert client.get("/cells/livez").status_code == 200
+    assert client.get("/cells/model").status_code == 401
