@@ -31,6 +31,8 @@ _BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at mo
 _PACE_GRACE_S = 1.0
 _LEAST_BYTES_PER_S = 32 * 1024
 
+_NEWEST_SHARE = 0.05  # weight of the newest request in the mean of images a request
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -69,6 +71,7 @@ class Admission:
         self._max_batch_size = max_batch_size
         self._clock = clock
         self._promises = Promises(clock)
+        self._images_a_request = 1.0
         self._readers: dict[Ticket, asyncio.Timeout] = {}
 
     @property
@@ -106,7 +109,13 @@ class Admission:
         if refusal is not None:
             kind, message, wait_s = refusal
             rate = self._estimate.rate(self._max_batch_size)
-            raise kind(message, self._promises.retry_after_s(ticket.priority, wait_s, max(1, images), rate))
+            # At the door nobody knows how many images a request has: as many as others have had.
+            promised = max(images, self._images_a_request)
+            raise kind(message, self._promises.retry_after_s(ticket.priority, wait_s, promised, rate))
+
+    def _read(self, images: int) -> None:
+        """A request turned out to have so many images."""
+        self._images_a_request += _NEWEST_SHARE * (images - self._images_a_request)
 
     def _refusal(
         self, ticket: "Ticket", images: int, more_images: int, more_bytes: int
@@ -208,10 +217,10 @@ class Ticket:
         """
         more = len(sizes) - len(self.places)
         self._admission._let_in(self, images=len(sizes), more_images=more, more_bytes=0)
-        others = len(self._line) - len(self.places)
-        predicted_s = self._line.finish_s(self.priority, len(sizes), with_readers=False)
-        if others and predicted_s:
-            self._predicted = self._clock(), predicted_s
+        self._admission._read(len(sizes))
+        if len(self._line) > len(self.places):  # alone, how long it takes says nothing of how good predictions are
+            predicted_s = self._line.finish_s(self.priority, len(sizes), with_readers=False)
+            self._predicted = (self._clock(), predicted_s) if predicted_s else None
         self.places += [self._line.enter(self.priority, 0) for _ in range(more)]
         for place, size in zip(self.places, sizes, strict=True):
             place.read(size, keep=keep)

@@ -53,10 +53,11 @@ class Estimate:
 
         Sizes not seen lie on the line between those that were; a canvas not seen costs as the nearest by its pixels.
         """
+        typical = self._typical.get(canvas)
+        if typical is not None:
+            return typical[images] if images in typical else _interpolate(typical, images)  # type: ignore[index]
         if not self._typical:
             return None
-        if canvas in self._typical:
-            return _interpolate(self._typical[canvas], images)
         area = _area(canvas)
         nearest = min(self._typical, key=lambda known: abs(math.log(_area(known) / area)))
         return _interpolate(self._typical[nearest], images) * area / _area(nearest)

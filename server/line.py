@@ -106,8 +106,8 @@ class Line:
     def _work_s(self, canvas: Canvas, images: float) -> float:
         """Engine seconds of `images` images, in batches as full as can be; a part of an image is a part of its cost."""
         full, rest = divmod(images, self._max_batch_size)
-        rest_s = self._batch_s(canvas, max(rest, 1.0)) * min(rest, 1.0)
-        return full * self._batch_s(canvas, self._max_batch_size) + rest_s
+        full_s = full * self._batch_s(canvas, self._max_batch_size) if full else 0.0
+        return full_s + (self._batch_s(canvas, max(rest, 1.0)) * min(rest, 1.0) if rest else 0.0)
 
     def _running_s(self, running: dict[Canvas, int]) -> float:
         """Engine seconds left of what the engines have."""

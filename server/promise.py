@@ -21,7 +21,7 @@ class Promises:
         self._clock = clock
         self._until_s: dict[Priority, float] = {"interactive": 0.0, "batch": 0.0}
 
-    def retry_after_s(self, priority: Priority, wait_s: float, images: int, rate: float) -> int:
+    def retry_after_s(self, priority: Priority, wait_s: float, images: float, rate: float) -> int:
         """Whole seconds, 1 to LONGEST_S, after which `images` images may come back, not before `wait_s`.
 
         `rate` is in images a second. Batch work is sent behind interactive work. Rounded up: nobody comes before the

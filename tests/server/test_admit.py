@@ -227,6 +227,22 @@ def test_batch_work_is_sent_behind_interactive_work() -> None:
     assert told == {"interactive": [5, 7], "batch": [7]}
 
 
+def test_promises_count_the_images_that_requests_have_had() -> None:
+    door = Door(images=16)
+    door.estimate.observe(CANVAS, images=1, seconds=0.1)
+    for _ in range(200):
+        with door.admission.admit(NEVER_S) as ticket:
+            ticket.read([0] * 8)
+    for _ in range(16):
+        door.admission.admit(NEVER_S)
+    told = []
+    for _ in range(20):
+        with pytest.raises(QueueFull) as caught:
+            door.admission.admit(NEVER_S)
+        told.append(caught.value.retry_after_s or 0)
+    assert told[-1] - told[0] == pytest.approx(19 * 8 * 0.1 / 0.8, abs=1)
+
+
 def test_draining_refuses_everyone(door: Door) -> None:
     door.admission.draining = True
     with pytest.raises(Draining) as caught:

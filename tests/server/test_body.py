@@ -32,6 +32,14 @@ def test_bodies_are_put_together() -> None:
     assert asyncio.run(read_body(chunks(), 4)) == b""
 
 
+def test_every_piece_is_told_before_it_is_kept() -> None:
+    told: list[int] = []
+    assert asyncio.run(read_body(chunks(b"ab", b"", b"cde"), 5, told.append)) == b"abcde"
+    assert told == [2, 0, 3]
+    with pytest.raises(KeyError):
+        asyncio.run(read_body(chunks(b"ab", b"never asked for"), 5, {}.__getitem__))
+
+
 def test_a_body_without_end_is_left_at_the_limit() -> None:
     taken = 0
 

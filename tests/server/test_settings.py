@@ -72,6 +72,13 @@ def test_a_request_must_fit_the_queue() -> None:
     assert Settings(queue_limit=8).queue_limit == 8
 
 
+def test_a_body_must_fit_the_queue() -> None:
+    with pytest.raises(ValidationError, match="max_queued_bytes 99 is less than max_body_bytes 100"):
+        Settings(max_queued_bytes=99, max_body_bytes=100)
+    assert Settings(max_queued_bytes=100, max_body_bytes=100).max_queued_bytes == 100
+    assert Settings(max_body_bytes=100).max_queued_bytes == 0, "which stands for a multiple of it"
+
+
 @pytest.mark.parametrize(
     ("limit", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None), ("?", None)]
 )
