@@ -53,7 +53,7 @@ class Lane:
     """Sees batches through an engine: one is with it, and one may be prepared behind that.
 
     Everything here runs in the event loop. The engine's threads report to it and never wait for it. What a thread
-    reports of a batch that was taken from it is not listened to.
+    reports of a batch that was taken from it answers nobody.
 
     An engine dies by raising on a blank picture, and hangs by taking far longer than it should; `lost` is told of its
     batches. With `reopen` it is replaced: the new engine is opened and warmed in a thread of its own, at once or, if
@@ -174,6 +174,9 @@ class Lane:
 
     def _hear(self, run: _Run, report: Begun | Answered) -> None:
         if run not in self._runs:
+            # Nobody wants the answer any more. But what is slow and not stuck shall not be called a hang again.
+            if isinstance(report, Answered) and not isinstance(report.answer, BaseException):
+                self._estimate.observe(run.batch.canvas, len(report.entries), report.seconds)
             return
         self.got_on_s = self._clock()
         if isinstance(report, Begun):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from bundle import Canvas
+from bundle import Bundle, Canvas
 from server.app import create_app
 from server.batcher import CHECK_EVERY_S
 from server.engine import Engine, OpenEngine
@@ -165,6 +165,20 @@ def test_an_engine_that_hangs_is_replaced_and_health_tells(settings: Settings) -
         assert server.health() == (200, 200)
         assert not server.engine.gate.is_set()  # the first one hangs to this moment
         assert server.metric('ddetr_engine_restarts_total{reason="hung"} 1.0')
+
+
+def test_the_bundles_engine_is_opened_again(tiny_bundle: Bundle) -> None:
+    app = create_app(Settings(bundle=tiny_bundle.path, device="cpu", stall_timeout_ms=60_000))
+    picture = encode(rectangle(RED, (60, 20, 200, 90), (320, 128)))
+    with live(app) as port, ThreadPoolExecutor(4) as pool:
+        server = Site(app.state.service, port, FakeEngines(), pool)
+        before = server.post(picture).result()
+        engine = server.service.batcher._lanes[0]._runner.engine
+        engine.infer = lambda _: 1 / 0  # type: ignore[method-assign,union-attr]
+        after = [server.post(picture) for _ in range(4)]
+        assert [answer.result().content["images"] for answer in after] == [before.content["images"]] * 4
+        assert server.service.batcher._lanes[0]._runner.engine is not engine
+        assert server.metric('ddetr_engine_restarts_total{reason="died"} 1.0')
 
 
 def test_health_fails_within_two_seconds_by_default() -> None:

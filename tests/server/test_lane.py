@@ -181,6 +181,26 @@ def test_a_slow_engine_is_not_a_hung_one() -> None:
     run(test, reopen=True)
 
 
+def test_what_was_slow_and_not_stuck_is_not_called_a_hang_again() -> None:
+    async def test(bench: Bench) -> None:
+        slow = await bench.hold()
+        await bench.pass_time(3)
+        assert bench.restarts("hung") == 1
+        bench.engine.gate.set()
+        await slow
+        assert (bench.estimate.batch_s(WIDE, 1) or 0) > 1
+        bench.engine.gate.clear()
+        again = bench.submit(bench.image())
+        await settle()
+        await until(lambda: bench.batcher.waiting == 0)
+        await bench.pass_time(3)
+        assert bench.restarts("hung") == 1
+        bench.engine.gate.set()
+        await again
+
+    run(test)
+
+
 def test_every_call_of_a_batch_has_time_of_its_own() -> None:
     async def test(bench: Bench) -> None:
         bench.engine.gate.clear()
