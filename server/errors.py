@@ -153,7 +153,7 @@ class QueueFull(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """The engine raised on this image alone."""
+    """The engine raised on this image alone, or was lost with it, twice."""
 
     status, code = 500, "engine_failed"
 
