@@ -167,6 +167,20 @@ def test_an_engine_that_hangs_is_replaced_and_health_tells(settings: Settings) -
         assert server.metric('ddetr_engine_restarts_total{reason="hung"} 1.0')
 
 
+@pytest.mark.parametrize("trouble", ["raise", None])
+def test_an_engine_that_is_lost_while_the_server_stops_costs_no_answer(settings: Settings, trouble: str | None) -> None:
+    with site(settings, stall_timeout_ms=500) as server:
+        first = server.hold()
+        others = [server.post(encode(rectangle(RED))) for _ in range(9)]
+        server.until(lambda: server.service.batcher.waiting == 9)
+        server.service.drain()
+        if trouble is not None:  # else it hangs
+            server.engine.trouble = trouble
+            server.engine.gate.set()
+        assert [answer.result().status for answer in (first, *others)] == [200] * 10
+        assert len(server.engines.opened) == 2
+
+
 def test_the_bundles_engine_is_opened_again(tiny_bundle: Bundle) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, device="cpu", stall_timeout_ms=60_000))
     picture = encode(rectangle(RED, (60, 20, 200, 90), (320, 128)))
