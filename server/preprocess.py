@@ -40,10 +40,12 @@ def preprocess(picture: Pixels, manifest: Manifest) -> tuple[Pixels, Canvas]:
 
 def lay_on_canvas(images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDArray[np.int64]]:
     """The served graph's inputs: images [N, H, W, 3] uint8, zeros around each image, and sizes [N, 2] (h, w) int64."""
-    batch = np.zeros((len(images), canvas.height, canvas.width, 3), np.uint8)  # [N, H, W, 3]
+    batch = np.empty((len(images), canvas.height, canvas.width, 3), np.uint8)  # [N, H, W, 3]
     sizes = np.empty((len(images), 2), np.int64)  # [N, 2]
     for slot, pixels in enumerate(images):
         height, width, _ = pixels.shape
         batch[slot, :height, :width] = pixels
+        batch[slot, :height, width:] = 0
+        batch[slot, height:] = 0
         sizes[slot] = height, width
     return batch, sizes
