@@ -18,7 +18,7 @@ from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE, Metrics
 from server.options import DetectOptions, category_ids, parse_options
 from server.respond import ImageAnswer, check_outcomes, coco_body, error_content, json_body
-from server.schema import DETECT_REQUEST, DETECT_RESPONSES, HealthSchema
+from server.schema import DETECT_REQUEST, DETECT_RESPONSES, METRICS_RESPONSES, MODEL_RESPONSES, HealthSchema
 from server.service import Service
 from server.timing import server_timing, slowest, until_answered
 
@@ -59,7 +59,7 @@ def build_router(service: Service) -> APIRouter:
                 service.metrics.images.labels(ClientGone.code).inc(len(ticket.places))
                 raise
 
-    @router.get("/model", summary="The model in service", response_class=Response)
+    @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)
     async def model() -> Response:
         content = service.manifest.model_dump(mode="json") | {"engine": service.engine_name}
         return _json(content)
@@ -91,7 +91,7 @@ def build_metrics_router(metrics: Metrics) -> APIRouter:
     """/metrics: with the other routes, or on a port of its own."""
     router = APIRouter()
 
-    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=METRICS_RESPONSES)
     async def exposition() -> Response:
         return Response(metrics.exposition(), media_type=CONTENT_TYPE)
 

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from bundle import Manifest
 from server.batch_queue import PRIORITIES
+from server.errors import ServiceError
 from server.options import DetectOptions
 
 
@@ -32,10 +34,14 @@ class ImageSchema(BaseModel):
     detections: list[DetectionSchema]
 
 
+def _codes(kind: type[ServiceError] = ServiceError) -> set[str]:
+    return {kind.code}.union(*(_codes(each) for each in kind.__subclasses__()))
+
+
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
-    code: str = Field(examples=["image_truncated"])
+    code: str = Field(json_schema_extra={"enum": [*sorted(_codes())]}, examples=["image_truncated"])
     message: str
 
 
@@ -98,7 +104,18 @@ class CocoSchema(BaseModel):
 class UploadSchema(BaseModel):
     """One image of a JSON request."""
 
-    b64: str = Field(description="the image file in base64; a data: URL is understood, too")
+    model_config = ConfigDict(extra="forbid")
+
+    b64: str = Field(
+        description="the image file in base64; a data: URL is understood, too",
+        json_schema_extra={"format": "byte", "contentEncoding": "base64"},
+    )
+
+
+class ModelSchema(Manifest):
+    """The answer of /model: the bundle's manifest, and what runs it."""
+
+    engine: str
 
 
 class HealthSchema(BaseModel):
@@ -109,6 +126,15 @@ class HealthSchema(BaseModel):
 
 _FILE = {"type": "string", "format": "binary"}
 
+
+def _query_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """A query parameter's: it is there or not, and is never null."""
+    shown = {key: value for key, value in schema.items() if key not in {"description", "title", "anyOf"}}
+    if "anyOf" in schema:
+        shown |= next(each for each in schema["anyOf"] if each.get("type") != "null")
+    return {key: value for key, value in shown.items() if value is not None}
+
+
 DETECT_REQUEST: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -118,6 +144,7 @@ DETECT_REQUEST: dict[str, Any] = {
                     "type": "object",
                     "properties": {"images": {"type": "array", "items": _FILE, "minItems": 1}},
                     "required": ["images"],
+                    "additionalProperties": False,
                 }
             },
             "image/*": {"schema": _FILE},
@@ -138,7 +165,7 @@ DETECT_REQUEST: dict[str, Any] = {
             "name": name,
             "in": "query",
             "description": schema.get("description", ""),
-            "schema": {key: value for key, value in schema.items() if key != "description"},
+            "schema": _query_schema(schema),
         }
         for name, schema in DetectOptions.model_json_schema()["properties"].items()
     ]
@@ -158,8 +185,8 @@ DETECT_REQUEST: dict[str, Any] = {
         {
             "name": "X-Request-Id",
             "in": "header",
-            "description": "taken over into the answer and the log",
-            "schema": {"type": "string", "maxLength": 128},
+            "description": "taken over into answer and log if it has 1 to 128 visible ASCII characters; else replaced",
+            "schema": {"type": "string"},
         },
         {
             "name": "X-API-Key",
@@ -190,4 +217,17 @@ DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "content": {"image/png": {"schema": _FILE}},
     },
     **{status: {"model": RefusalSchema, "description": text} for status, text in _ERRORS.items()},
+}
+for _status in (429, 503):
+    DETECT_RESPONSES[_status]["headers"] = {
+        "Retry-After": {"description": "seconds", "required": True, "schema": {"type": "integer", "minimum": 1}}
+    }
+
+_UNAUTHORIZED: dict[int | str, dict[str, Any]] = {401: {"model": RefusalSchema, "description": _ERRORS[401]}}
+
+MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": ModelSchema}, **_UNAUTHORIZED}
+
+METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+    **_UNAUTHORIZED,
 }
