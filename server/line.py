@@ -67,7 +67,7 @@ class Line:
         `with_readers` also what is still being read.
         """
         mix = self._estimate.mix()
-        unknown, decoding, total = images, images, images
+        unknown, decoding, behind = images, images, 0
         ahead: dict[Canvas, float] = {}
         running: dict[Canvas, int] = {}
         for (stage, lane, canvas), count in self._counts.items():
@@ -76,23 +76,24 @@ class Line:
                 continue
             if stage == "reading" and not with_readers:
                 continue
-            total += count
             decoding += count if canvas is None else 0  # threads that decode know no lanes
             if priority == "interactive" and lane == "batch":
-                continue
-            if canvas is None:
+                behind += count
+            elif canvas is None:
                 unknown += count
             else:
                 ahead[canvas] = ahead.get(canvas, 0.0) + count
         for canvas, share in mix.items():
             ahead[canvas] = ahead.get(canvas, 0.0) + share * unknown
-        # The newcomer's own batch, the last, may be filled up by images that came later or are of another lane.
-        size = min(max(total, 1), self._max_batch_size)
-        own_s = sum(share * self._batch_s(canvas, size) for canvas, share in mix.items())
         work_s = self._running_s(running) + sum(self._work_s(canvas, count) for canvas, count in ahead.items())
+        own_s = filled_s = 0.0  # of the newcomer's own batch, the last: as it is, and filled up from the other lane
+        for canvas, share in mix.items():
+            size = max(1.0, ahead[canvas] % self._max_batch_size or self._max_batch_size)
+            own_s += share * self._batch_s(canvas, size)
+            filled_s += share * self._batch_s(canvas, min(size + behind, self._max_batch_size))
         engines_s = max(0.0, work_s - own_s) / self._estimate.engine_instances
         decoders_s = self._estimate.decode_s * max(1.0, decoding / self._decode_threads)
-        return max(engines_s, decoders_s) + own_s
+        return max(engines_s, decoders_s) + filled_s
 
     def observe(self, priority: Priority, predicted_s: float, taken_s: float) -> None:
         """An answer took `taken_s`, or was given up after that time, where `predicted_s` had been predicted."""

@@ -1,0 +1,148 @@
+"""When one more image would be done, against sums done by hand."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from bundle import Canvas
+from server.batch_queue import Priority
+from server.estimate import Estimate
+from server.line import Line, Place
+
+SMALL, LARGE = Canvas(height=64, width=96), Canvas(height=128, width=192)
+
+
+class Hall:
+    """A line with batches of up to 4 that take 1 s and 0.5 s an image on SMALL, twice that on LARGE."""
+
+    def __init__(self, engines: int = 1, threads: int = 2, mix: Sequence[Canvas] = (SMALL,)) -> None:
+        self.now_s = 100.0
+        self.estimate = Estimate(engines)
+        for size in (1, 4):
+            self.estimate.observe(SMALL, size, 1 + 0.5 * size)
+            self.estimate.observe(LARGE, size, 2 + 1.0 * size)
+        for canvas in mix:
+            self.estimate.observe_decoding(canvas, 0.2)
+        self.line = Line(self.estimate, 4, threads, lambda: self.now_s)
+
+    def reading(self, images: int, priority: Priority = "interactive") -> list[Place]:
+        return [self.line.enter(priority, 0) for _ in range(images)]
+
+    def decoding(self, images: int, priority: Priority = "interactive") -> list[Place]:
+        places = self.reading(images, priority)
+        for place in places:
+            place.read(0)
+        return places
+
+    def waiting(self, images: int, canvas: Canvas = SMALL, priority: Priority = "interactive") -> list[Place]:
+        places = self.reading(images, priority)
+        for place in places:
+            place.read(0)
+            self.now_s += 0.1
+            place.decoded(canvas)
+        self.estimate.decode_s = 0.0
+        return places
+
+    def running(self, images: int, canvas: Canvas = SMALL) -> list[Place]:
+        places = self.waiting(images, canvas)
+        for place in places:
+            place.dispatched()
+        return places
+
+    def finish_s(self, images: int = 1, priority: Priority = "interactive", *, with_readers: bool = True) -> float:
+        return self.line.finish_s(priority, images, with_readers=with_readers)
+
+
+def test_nothing_ahead() -> None:
+    assert Hall().finish_s(1) == pytest.approx(0.2 + 1.5)
+    assert Hall().finish_s(4) == pytest.approx(0.4 + 3)  # two threads decode two each
+    assert Hall().finish_s(9) == pytest.approx(3 + 3 + 1.5)  # while the first batch runs the others are decoded
+
+
+def test_nothing_known_nothing_predicted() -> None:
+    assert Line(Estimate(1), 4, 2, lambda: 0.0).finish_s("interactive", 5, with_readers=True) == 0
+
+
+def test_what_waits_goes_before_in_batches_as_full_as_can_be() -> None:
+    hall = Hall()
+    hall.waiting(9)
+    assert hall.finish_s() == pytest.approx(3 + 3 + 2)  # the last with the newcomer
+
+
+def test_what_an_engine_has_is_partly_done() -> None:
+    hall = Hall()
+    hall.running(4)
+    assert hall.finish_s() == pytest.approx(3 + 1.5)
+    hall.now_s += 1
+    assert hall.finish_s() == pytest.approx(2 + 1.5)
+    hall.now_s += 100  # and never more than done
+    assert hall.finish_s() == pytest.approx(1.5)
+
+
+def test_engines_share_the_work() -> None:
+    hall = Hall(engines=2)
+    hall.waiting(11)
+    assert hall.finish_s() == pytest.approx((3 + 3) / 2 + 3)
+
+
+def test_the_longest_of_decoding_and_engines_counts() -> None:
+    hall = Hall(threads=1)
+    hall.decoding(19)
+    assert hall.finish_s() == pytest.approx(4 * 3 + 3)
+    hall.estimate.decode_s = 1.0
+    assert hall.finish_s() == pytest.approx(20 * 1.0 + 3)
+
+
+def test_images_whose_canvas_is_not_known_are_like_those_that_came() -> None:
+    hall = Hall(mix=[SMALL])
+    hall.waiting(4, LARGE)
+    large_s = 6.0
+    share = hall.estimate.mix()[LARGE]
+    assert 0.05 < share < 0.1
+    # 4 + `share` of the newcomer's on LARGE, the rest of it on SMALL.
+    assert hall.finish_s() == pytest.approx(large_s + share * 3 + (1 - share) * 1.5)
+
+
+def test_who_has_been_read_does_not_wait_for_those_who_still_are() -> None:
+    hall = Hall()
+    hall.estimate.decode_s = 0.0
+    hall.reading(8)
+    assert hall.finish_s() == pytest.approx(3 + 3 + 1.5)
+    assert hall.finish_s(with_readers=False) == pytest.approx(1.5)
+
+
+def test_interactive_work_does_not_wait_for_batch_work_but_for_what_an_engine_has_and_the_other_way_round() -> None:
+    hall = Hall()
+    hall.waiting(8, priority="batch")
+    assert hall.finish_s(priority="interactive") == pytest.approx(3)  # its batch may be filled up
+    assert hall.finish_s(priority="batch") == pytest.approx(3 + 3 + 1.5)
+    hall.waiting(4)
+    hall.running(4)
+    assert hall.finish_s(priority="interactive") == pytest.approx(3 + 3 + 3)
+    assert hall.finish_s(priority="batch") == pytest.approx(3 + 3 * 3 + 1.5)
+
+
+def test_decoding_is_learnt_from_what_it_takes_beside_others() -> None:
+    hall = Hall(threads=2, mix=[])
+    places = hall.decoding(4)
+    for place in places:  # one after the other, 0.1 s apart: two threads that take 0.2 s each
+        hall.now_s += 0.1
+        place.decoded(SMALL)
+    assert hall.estimate.decode_s == pytest.approx(0.2, abs=0.05)
+
+
+def test_margins_are_learnt_by_lane() -> None:
+    hall = Hall()
+
+    def margin(priority: Priority) -> float:
+        bound_s = hall.line.bound_s(priority, 1, with_readers=True)
+        return bound_s / hall.finish_s(priority=priority)
+
+    assert margin("interactive") == margin("batch") == 2.0
+    for _ in range(200):
+        hall.line.observe("interactive", 1.0, 0.9)
+    assert (margin("interactive"), margin("batch")) == (pytest.approx(1.05), 2.0)
+    hall.line.observe("interactive", 1.0, 99.0)
+    assert margin("interactive") == pytest.approx(1.05), "one in two hundred is let pass"
+    hall.line.observe("interactive", 1.0, 99.0)
+    assert margin("interactive") == pytest.approx(4.0), "and no more than this is ever added"
