@@ -39,4 +39,4 @@ def read_bmp(data: bytes, max_image_pixels: int) -> Header:
     row_bytes = (width * bits + 31) // 32 * 4
     if _FILE_HEADER_BYTES + header_bytes + row_bytes * height > len(data):
         raise ImageTruncated(f"a BMP file of {len(data)} bytes cannot have {width}x{height} pixels of {bits} bits")
-    return Header("BMP", width, height, width * height * (8 if bits <= 8 else 4), UPRIGHT, data)
+    return Header("BMP", width, height, width * height * 8, UPRIGHT, data)

@@ -61,8 +61,8 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
         raise ImageTruncated(f"{pixel_bytes} bytes of pixels in a PNG file cannot make {width}x{height}")
     transparent = color in {4, 6} or b"tRNS" in seen
     wide_grey = bits == 16 and color == 0
-    # 4 bytes a pixel of what Pillow decodes, and 4 of RGB made of it; an interlaced one is put together in rows.
-    peak_bytes = width * height * (8 if transparent or wide_grey or color in {0, 3} else 4)
+    # 4 bytes a pixel of what Pillow decodes, and 4 of RGB made of it or 3 of an array; rows beside if interlaced.
+    peak_bytes = width * height * (8 if transparent or wide_grey or color in {0, 3} else 7)
     if interlaced:
         peak_bytes += 2 * row_bytes * height
     whole = len(kept) == chunks + 1 and position == len(data)

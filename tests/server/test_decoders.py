@@ -10,12 +10,13 @@ from PIL import Image
 
 from server.decoders import SMALL_BYTES, Allowance, Decoders
 from server.errors import DeadlinePassed, ImageError, ImageTooLarge
+from server.headers import read_header
 from server.progress import Progress
 from tests.server.pictures import encode
 
 SMALL = encode(Image.new("RGB", (8, 8)))
-LARGE = encode(Image.new("RGB", (2100, 2100)), compress_level=1)  # 17.6 MB when decoded
-LARGE_BYTES = 4 * 2100 * 2100
+LARGE = encode(Image.new("RGB", (1600, 1600)), compress_level=1)
+LARGE_BYTES = read_header(LARGE, 10_000_000).peak_bytes
 
 
 class Held:
@@ -70,7 +71,7 @@ def test_small_pictures_do_not_wait_for_large_ones() -> None:
         await held.until(2)
         assert await decoders.decode(SMALL, lambda picture: picture.shape[:2]) == (8, 8)
         held.gate.set()
-        assert await asyncio.gather(*large) == [(2100, 2100)] * 5
+        assert await asyncio.gather(*large) == [(1600, 1600)] * 5
 
     run(test)
 
@@ -110,14 +111,14 @@ def test_memory_of_who_gives_up_comes_back_when_the_thread_is_done() -> None:
         await asyncio.sleep(0.05)
         assert held.entered == 1, "the first one's thread has the memory still"
         held.gate.set()
-        assert await third == (2100, 2100)
+        assert await third == (1600, 1600)
         assert held.most_inside == 1
 
     run(test, max_decode_bytes=LARGE_BYTES)
 
 
 def test_what_cannot_be_decoded_gives_its_memory_back() -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (2100, 2100, 3), np.uint8))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1600, 1600, 3), np.uint8))
     data = bytearray(encode(noise, compress_level=1))
     data[len(data) // 2 : len(data) // 2 + 5000] = bytes(5000)
 
