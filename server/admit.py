@@ -136,7 +136,7 @@ class Admission:
                 message = f"{held} {what} and {most} may: no place for {more} more"
                 return QueueFull, message, line.finish_s(priority, 0, with_readers=True)
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
-        ahead = len(line) - len(ticket.places)
+        ahead = line.ahead_of(ticket.places)
         if ahead and images:
             needed_s = line.bound_s(priority, images, with_readers=not ticket.places)
             left_s = ticket.deadline_s - self._clock()
@@ -218,7 +218,7 @@ class Ticket:
         more = len(sizes) - len(self.places)
         self._admission._let_in(self, images=len(sizes), more_images=more, more_bytes=0)
         self._admission._read(len(sizes))
-        if len(self._line) > len(self.places):  # alone, how long it takes says nothing of how good predictions are
+        if self._line.ahead_of(self.places):  # alone, how long it takes says nothing of how good predictions are
             predicted_s = self._line.finish_s(self.priority, len(sizes), with_readers=False)
             self._predicted = (self._clock(), predicted_s) if predicted_s else None
         self.places += [self._line.enter(self.priority, 0) for _ in range(more)]

@@ -19,7 +19,6 @@ class Estimate:
 
     def __init__(self, engine_instances: int) -> None:
         self.engine_instances = engine_instances
-        self.slowest_batch_s = 0.0
         self.decode_s = 0.0
         """Seconds in a decoding thread, of an image."""
         self._batches: dict[Canvas, deque[tuple[int, float]]] = {}  # size and seconds, oldest first
@@ -37,7 +36,6 @@ class Estimate:
             if len(newest) < _NEWEST:
                 newest.append(took_s)
         self._typical[canvas] = {size: statistics.median(by_size[size]) for size in sorted(by_size)}
-        self.slowest_batch_s = max(self.slowest_batch_s, seconds)
 
     def observe_decoding(self, canvas: Canvas, seconds: float) -> None:
         """An image has taken a decoding thread `seconds`, and is found to need `canvas`."""

@@ -1,14 +1,17 @@
 """The images on their way, by how far they have come, and when one more would be done."""
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from bundle import Canvas
 from server.batch_queue import Priority
 from server.estimate import Estimate
 
-Stage = Literal["reading", "decoding", "waiting", "running"]
+Stage = Literal["reading", "uploading", "decoding", "waiting", "running"]
+"""Of a body on its way: "reading" while it is expected any moment, "uploading" when it has not come by then."""
+
+_ANY_MOMENT_S = 0.25
 
 _RATIOS = 200  # newest answers that are held against what was predicted for them
 _MAY_BE_LATE = 1  # of these, beyond what the margin allows for
@@ -28,6 +31,7 @@ class Line:
         self._clock = clock
         self._counts: Counter[tuple[Stage, Priority, Canvas | None]] = Counter()  # without zeros
         self._bytes: Counter[Priority] = Counter()
+        self._expected: deque[tuple[float, Place]] = deque()  # since when
         self._dispatched_s = clock()
         self._ratios: dict[Priority, deque[float]] = {
             "interactive": deque(maxlen=_RATIOS),
@@ -54,7 +58,15 @@ class Line:
 
     def enter(self, priority: Priority, held_bytes: int) -> "Place":
         """A place for one image whose body has not been read."""
-        return Place(self, priority, held_bytes)
+        place = Place(self, priority, held_bytes)
+        self._expected.append((self._clock(), place))
+        return place
+
+    def ahead_of(self, places: Sequence["Place"]) -> int:
+        """Images of others that an engine has or will soon have."""
+        self._give_up_expecting()
+        own = sum(place.stage not in (None, "uploading") for place in places)
+        return sum(count for (stage, _, _), count in self._counts.items() if stage != "uploading") - own
 
     def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
         """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
@@ -64,8 +76,9 @@ class Line:
         """Seconds until `images` more would be done; 0 if nothing is known yet.
 
         Before them goes what the engines have, and what is decoded or waits in their own lane or a better one;
-        `with_readers` also what is still being read.
+        `with_readers` also what is still being read, but for bodies that take long: those come when they come.
         """
+        self._give_up_expecting()
         mix = self._estimate.mix()
         unknown, decoding, behind = images, images, 0
         ahead: dict[Canvas, float] = {}
@@ -74,7 +87,7 @@ class Line:
             if stage == "running" and canvas is not None:
                 running[canvas] = running.get(canvas, 0) + count
                 continue
-            if stage == "reading" and not with_readers:
+            if stage == "uploading" or (stage == "reading" and not with_readers):
                 continue
             decoding += count if canvas is None else 0  # threads that decode know no lanes
             if priority == "interactive" and lane == "batch":
@@ -103,6 +116,14 @@ class Line:
         share = len(ratios) / _RATIOS  # few answers do not yet refute what was assumed before there were any
         margin = share * late + (1 - share) * max(late, _UNTRIED_MARGIN)
         self._margins[priority] = max(margin, _LEAST_MARGIN)
+
+    def _give_up_expecting(self) -> None:
+        """Let those go first that come behind a slow upload."""
+        until_s = self._clock() - _ANY_MOMENT_S
+        while self._expected and self._expected[0][0] < until_s:
+            place = self._expected.popleft()[1]
+            if place.stage == "reading":
+                self._move(place, "uploading")
 
     def _work_s(self, canvas: Canvas, images: float) -> float:
         """Engine seconds of `images` images, in batches as full as can be; a part of an image is a part of its cost."""
@@ -170,7 +191,7 @@ class Place:
 
     def read(self, size: int, *, keep: bool = False) -> None:
         """Its body is read, and is next decoded. The bytes are given back after that, or with `keep` at the end."""
-        if self.stage == "reading":
+        if self.stage in ("reading", "uploading"):
             self._keep = keep
             self._line._hold(self, size)
             self._line._move(self, "decoding")

@@ -50,7 +50,6 @@ def test_outliers_change_nothing_and_what_lasts_does(estimate: Estimate) -> None
     assert estimate.batch_s(SMALL, 1) == pytest.approx(0.1)
     estimate.observe(SMALL, 1, 30.0)
     assert estimate.batch_s(SMALL, 1) == pytest.approx(30.0)
-    assert estimate.slowest_batch_s == 30.0
 
 
 def test_a_size_that_is_not_run_any_more_is_forgotten(estimate: Estimate) -> None:

@@ -111,6 +111,24 @@ def test_who_has_been_read_does_not_wait_for_those_who_still_are() -> None:
     assert hall.finish_s(with_readers=False) == pytest.approx(1.5)
 
 
+def test_nobody_waits_for_bodies_that_take_long() -> None:
+    hall = Hall()
+    hall.estimate.decode_s = 0.0
+    slow = hall.reading(8)
+    hall.now_s += 0.2
+    quick = hall.reading(1)
+    assert (hall.line.ahead_of(quick), hall.finish_s()) == (8, pytest.approx(3 + 3 + 2))
+    hall.now_s += 0.1
+    assert (hall.line.ahead_of(quick), hall.finish_s()) == (0, pytest.approx(2))
+    assert hall.line.waiting() == 9, "they have their places"
+    for place in slow:
+        place.read(0)
+    assert hall.finish_s(with_readers=False) == pytest.approx(3 + 3 + 1.5)
+    for place in slow + quick:
+        place.give_back()
+    assert len(hall.line) == 0
+
+
 def test_interactive_work_does_not_wait_for_batch_work_but_for_what_an_engine_has_and_the_other_way_round() -> None:
     hall = Hall()
     hall.waiting(8, priority="batch")
