@@ -263,7 +263,7 @@ def work(seed: int, first: int, last: int, seconds: float, progress: Path, die_a
     from tests.server.fake_engine import FakeEngine
 
     files = seeds()
-    settings = Settings(bundle=Path("none"), decode_threads=2, max_image_pixels=PIXEL_LIMIT, log_level="error")
+    settings = Settings(bundle=Path("none"), decode_threads=2, max_image_pixels=PIXEL_LIMIT, log_level="warning")
     deadline_s = time.monotonic() + seconds
     with (
         open(progress, "r+b") as file,
@@ -386,8 +386,10 @@ def _run(
             if ended is None and process.returncode < 0:
                 ended = f"killed the process: {signal.Signals(-process.returncode).name}"
             elif ended is None and process.returncode:
+                ended = f"exit status {process.returncode}"
+            if ended is not None:
                 log.seek(0)
-                ended = f"exit status {process.returncode}: {log.read()[-2000:].decode('utf-8', 'replace')}"
+                ended += "\n" + log.read()[-3000:].decode("utf-8", "replace")
             out.seek(0)
             found = [Failure(**json.loads(line)) for line in out]
             reached, _ = _PROGRESS.unpack(progress.read_bytes())
