@@ -260,15 +260,22 @@ def work(seed: int, first: int, last: int, seconds: float, progress: Path, die_a
 
     from server.app import create_app
     from server.settings import Settings
-    from tests.server.fake_engine import FakeEngine
+    from tests.server import fake_engine
 
+    fake_engine.holds = lambda *_: False  # damage makes the very pictures on which this engine raises or hangs
     files = seeds()
-    settings = Settings(bundle=Path("none"), decode_threads=2, max_image_pixels=PIXEL_LIMIT, log_level="warning")
+    settings = Settings(
+        bundle=Path("none"),
+        decode_threads=2,
+        max_image_pixels=PIXEL_LIMIT,
+        stall_timeout_ms=30_000,  # a machine that is busy with others is no reason to restart an engine
+        log_level="warning",
+    )
     deadline_s = time.monotonic() + seconds
     with (
         open(progress, "r+b") as file,
         mmap.mmap(file.fileno(), _PROGRESS.size) as shared,
-        TestClient(create_app(settings, FakeEngine()), raise_server_exceptions=False) as client,
+        TestClient(create_app(settings, fake_engine.FakeEngine()), raise_server_exceptions=False) as client,
     ):
         number = first
         while number < last and time.monotonic() < deadline_s:

@@ -35,7 +35,12 @@ from tests.server.fake_engine import FakeEngine
 
 port, max_body_bytes, body_timeout_ms = map(int, sys.argv[1:])
 settings = Settings(
-    port=port, bundle="none", max_body_bytes=max_body_bytes, body_timeout_ms=body_timeout_ms, log_level="warning"
+    port=port,
+    bundle="none",
+    max_body_bytes=max_body_bytes,
+    body_timeout_ms=body_timeout_ms,
+    stall_timeout_ms=60_000,  # a machine that is busy with others is no reason to restart an engine
+    log_level="warning",
 )
 sys.exit(serve(settings, FakeEngine()))
 """

@@ -1,9 +1,11 @@
 """Attacks on a server in a process of its own: each is answered with a reason, at no cost to memory or to others."""
 
+import socket
 from collections.abc import Iterator
 
 import pytest
 
+from tests.server import hostile
 from tests.server.hostile import ATTACKS, Attack
 from tests.server.siege import Siege
 
@@ -26,3 +28,27 @@ def test_an_attack_is_answered_with_a_reason_and_costs_nothing(siege: Siege, att
     assert result.growth_mb < MOST_GROWTH_MB, result
     assert result.neighbour_ms < MOST_NEIGHBOUR_MS, result
     assert siege.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "status"),
+    [
+        ("application/json", '{{"images": [{{"url": "{url}"}}]}}', 400),
+        ("application/json", '{{"images": ["{url}"]}}', 400),
+        ("application/json", '{{"url": "{url}"}}', 400),
+        ("application/json", '{{"images": [{{"b64": "{url}"}}]}}', 422),
+        ("application/json", '{{"images": [{{"b64": "data:image/png,{url}"}}]}}', 422),
+        ("image/png", "{url}", 422),
+        ("image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'><image href='{url}'/></svg>", 415),
+        ("multipart/form-data; boundary=frontier", hostile.form(hostile.part(b"{url}")).decode(), 422),
+    ],
+)
+def test_no_url_is_fetched(siege: Siege, content_type: str, body: str, status: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/picture.png"
+        attack = Attack("a URL", status, "", lambda: body.format(url=url).encode(), content_type)
+        result = siege.attack(attack)
+        assert result.status == status, result
+        with pytest.raises(BlockingIOError):  # nobody has called
+            listener.accept()
