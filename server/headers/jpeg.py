@@ -24,6 +24,9 @@ _MOST_JUNK_BYTES = 4096
 MOST_SCANS = 100
 """Every scan of a progressive JPEG goes over the whole picture; encoders write ten, and a hundred make a bomb."""
 
+_FEWEST_ALLOWED, _MOST_SCANNED_PIXELS = 20, 1_000_000_000
+"""Of a large picture fewer scans are allowed, so that none takes much longer than the largest one does with ten."""
+
 # In entropy-coded data 0xff is followed by 0 or is a restart; runs of 0xff are padding.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
@@ -77,7 +80,8 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
         raise ImageError("the JPEG file has a scan before the header of its picture")
     layers = data[content]
     if progressive or layers < frame[5]:
-        _check_scans(data, position)
+        pixels = int.from_bytes(frame[1:3]) * int.from_bytes(frame[3:5])
+        _check_scans(data, position, min(MOST_SCANS, max(_FEWEST_ALLOWED, _MOST_SCANNED_PIXELS // max(1, pixels))))
     elif data.rfind(b"\xff\xd9", position) < 0:
         raise ImageTruncated("the JPEG file ends before the picture does")
     height, width = struct.unpack_from(">HH", frame, 1)
@@ -99,8 +103,8 @@ def _check_frame(marker: int, frame: bytes, max_image_pixels: int) -> None:
         raise ImageError(f"the JPEG file's header says that the picture has {layers} channels")
 
 
-def _check_scans(data: bytes, position: int) -> None:
-    """Refuse more scans than anyone writes, and a file without its end. `position`: within the first scan."""
+def _check_scans(data: bytes, position: int, most: int) -> None:
+    """Refuse more than `most` scans, and a file without its end. `position`: within the first scan."""
     scans = 1
     for _ in range(_MOST_SEGMENTS):
         found = _MARKER.search(data, position)
@@ -111,8 +115,8 @@ def _check_scans(data: bytes, position: int) -> None:
             return
         if marker == _SOS:
             scans += 1
-            if scans > MOST_SCANS:
-                raise ImageError(f"the JPEG file has more than {MOST_SCANS} scans")
+            if scans > most:
+                raise ImageError(f"the JPEG file has more than {most} scans")
         (length,) = struct.unpack_from(">H", data, found.end())
         position = found.end() + length
     raise ImageError(f"the JPEG file has more than {_MOST_SEGMENTS} segments between its scans")

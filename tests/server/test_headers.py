@@ -137,6 +137,14 @@ def test_an_end_of_a_jpeg_that_is_in_a_comment_hides_no_scans() -> None:
         read_header(data[:table] + comment + data[table:], LIMIT)
 
 
+def test_a_large_progressive_jpeg_may_have_fewer_scans() -> None:
+    data = bytearray(hostile.jpeg_scans(60))
+    at = data.index(b"\xff\xc2")
+    data[at + 5 : at + 9] = struct.pack(">HH", 5000, 5000)
+    with pytest.raises(ImageError, match="more than 40 scans"):
+        read_header(bytes(data), 50_000_000)
+
+
 @pytest.mark.parametrize("frame", [0xC3, 0xC5, 0xCB])
 def test_kinds_of_jpeg_that_no_decoder_here_reads_are_named(frame: int) -> None:
     data = encode(NOISE, "JPEG").replace(b"\xff\xc0", bytes([0xFF, frame]), 1)
