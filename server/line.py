@@ -14,6 +14,7 @@ Stage = Literal["reading", "uploading", "decoding", "waiting", "running"]
 _ANY_MOMENT_S = 0.25
 
 _RATIOS = 200  # newest answers that are held against what was predicted for them
+_REMEMBERED_S = 10.0  # and no longer: a bad moment must not keep out those whose answers would correct it
 _MAY_BE_LATE = 1  # of these, beyond what the margin allows for
 _UNTRIED_MARGIN = 2.0
 _LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
@@ -33,7 +34,7 @@ class Line:
         self._bytes: Counter[Priority] = Counter()
         self._expected: deque[tuple[float, Place]] = deque()  # since when
         self._dispatched_s = clock()
-        self._ratios: dict[Priority, deque[float]] = {
+        self._ratios: dict[Priority, deque[tuple[float, float]]] = {  # when, and taken over predicted
             "interactive": deque(maxlen=_RATIOS),
             "batch": deque(maxlen=_RATIOS),
         }
@@ -70,6 +71,9 @@ class Line:
 
     def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
         """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
+        ratios = self._ratios[priority]
+        if ratios and ratios[0][0] < self._clock() - _REMEMBERED_S:
+            self._learn_margin(priority)
         return self.finish_s(priority, images, with_readers=with_readers) * self._margins[priority]
 
     def finish_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
@@ -110,11 +114,17 @@ class Line:
 
     def observe(self, priority: Priority, predicted_s: float, taken_s: float) -> None:
         """An answer took `taken_s`, or was given up after that time, where `predicted_s` had been predicted."""
+        self._ratios[priority].append((self._clock(), min(taken_s / predicted_s, _MOST_MARGIN)))
+        self._learn_margin(priority)
+
+    def _learn_margin(self, priority: Priority) -> None:
         ratios = self._ratios[priority]
-        ratios.append(min(taken_s / predicted_s, _MOST_MARGIN))
-        late = sorted(ratios)[-min(_MAY_BE_LATE + 1, len(ratios))]
-        share = len(ratios) / _RATIOS  # few answers do not yet refute what was assumed before there were any
-        margin = share * late + (1 - share) * max(late, _UNTRIED_MARGIN)
+        while ratios and ratios[0][0] < self._clock() - _REMEMBERED_S:
+            ratios.popleft()
+        late = sorted((ratio for _, ratio in ratios), reverse=True)[: _MAY_BE_LATE + 1]
+        learnt = late[-1] if late else 0.0
+        share = len(ratios) / _RATIOS  # few answers do not refute what is assumed before there are any
+        margin = share * learnt + (1 - share) * max(learnt, _UNTRIED_MARGIN)
         self._margins[priority] = max(margin, _LEAST_MARGIN)
 
     def _give_up_expecting(self) -> None:

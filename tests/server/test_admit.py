@@ -251,27 +251,27 @@ def test_draining_refuses_everyone(door: Door) -> None:
 
 
 def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(door: Door) -> None:
-    door.estimate.observe(CANVAS, images=1, seconds=1.0)
+    door.estimate.observe(CANVAS, images=1, seconds=0.001)
     other = door.admission.admit(NEVER_S)
     other.read([0])
 
-    def lets_in(left_s: float) -> bool:
+    def lets_in(left_ms: float) -> bool:
         try:
-            door.admission.admit(door.now_s + left_s).leave()
+            door.admission.admit(door.now_s + left_ms / 1e3).leave()
         except DeadlineUnmeetable:
             return False
         return True
 
-    def answer(taken_s: float) -> None:
+    def answer(taken_ms: float) -> None:
         with door.admission.admit(NEVER_S) as ticket:
             ticket.read([0])
-            door.now_s += taken_s
+            door.now_s += taken_ms / 1e3
             ticket.answered()
 
-    def give_up(taken_s: float) -> None:
+    def give_up(taken_ms: float) -> None:
         with suppress(DeadlinePassed), door.admission.admit(NEVER_S) as ticket:
             ticket.read([0])
-            door.now_s += taken_s
+            door.now_s += taken_ms / 1e3
             raise DeadlinePassed("too late")
 
     assert lets_in(4.1)

@@ -164,3 +164,5 @@ def test_margins_are_learnt_by_lane() -> None:
     assert margin("interactive") == pytest.approx(1.05), "one in two hundred is let pass"
     hall.line.observe("interactive", 1.0, 99.0)
     assert margin("interactive") == pytest.approx(4.0), "and no more than this is ever added"
+    hall.now_s += 11
+    assert margin("interactive") == 2.0, "a bad moment is forgotten"
