@@ -64,13 +64,13 @@ class Result:
 class Siege:
     """A server, and a neighbour who sends it a normal request over and over, for as long as a `with` lasts."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the siege
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(self.port), str(MAX_BODY_BYTES), str(BODY_TIMEOUT_MS)],
+            [sys.executable, "-c", _SERVE, str(self.port), str(max_body_bytes), str(BODY_TIMEOUT_MS)],
             cwd=ROOT,
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stderr=self._log,
