@@ -10,11 +10,11 @@ from starlette.types import Receive, Scope, Send
 
 from server.connection import Connection
 
-KEEP_ALIVE_S = 0.3
+KEEP_ALIVE_S = 0.6
 
 
 class Hasty(Connection):
-    headers_within_s = 0.3
+    headers_within_s = 0.6
     most_header_bytes = 2000
 
 
@@ -141,7 +141,7 @@ def test_slow_headers_are_408() -> None:
         trickling.cancel()
         assert (status, headers["connection"]) == (408, "close")
         assert b"headers_timeout" in content
-        assert b"0.3 s" in content
+        assert b"0.6 s" in content
 
     run(test)
 
