@@ -21,9 +21,7 @@ class DetectOptions(BaseModel):
 
     threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="least score of a detection")] = 0.5
     max_detections: Annotated[int, Field(ge=1, description="most detections of an image, best first")] = 100
-    classes: Annotated[
-        str | None, Field(description="comma-separated names or ids: only these classes", examples=["WBC,Platelets"])
-    ] = None
+    classes: Annotated[str | None, Field(description="comma-separated names or ids: only these classes")] = None
     box_format: Annotated[
         BoxFormat, Field(description="corners; corner and size; or centre and size. For `format=json`")
     ] = "xyxy"

@@ -18,7 +18,7 @@ from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE, Metrics
 from server.options import DetectOptions, category_ids, parse_options
 from server.respond import ImageAnswer, check_outcomes, coco_body, error_content, json_body
-from server.schema import DETECT_REQUEST, DETECT_RESPONSES, METRICS_RESPONSES, MODEL_RESPONSES, HealthSchema
+from server.schema import DETECT_RESPONSES, METRICS_RESPONSES, MODEL_RESPONSES, HealthSchema, detect_request
 from server.service import Service
 from server.timing import server_timing, slowest, until_answered
 
@@ -36,7 +36,7 @@ def build_router(service: Service) -> APIRouter:
         summary="Find objects in images",
         response_class=Response,
         responses=DETECT_RESPONSES,
-        openapi_extra=DETECT_REQUEST,
+        openapi_extra=detect_request(service.manifest.categories),
     )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""

@@ -1,5 +1,6 @@
 """The shapes of bodies, for /docs. Answers are written by `respond`, not by these."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -196,6 +197,19 @@ DETECT_REQUEST: dict[str, Any] = {
         },
     ],
 }
+
+
+def detect_request(categories: Mapping[int, str]) -> dict[str, Any]:
+    """DETECT_REQUEST with two of the model's own classes as the example."""
+    example = ",".join([*dict.fromkeys(categories.values())][:2])
+    parameters = [
+        parameter | {"schema": parameter["schema"] | {"examples": [example]}}
+        if parameter["name"] == "classes"
+        else parameter
+        for parameter in DETECT_REQUEST["parameters"]
+    ]
+    return DETECT_REQUEST | {"parameters": parameters}
+
 
 _ERRORS = {
     400: "the request cannot be understood",
