@@ -7,7 +7,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from server.body import read_body, split_images
-from server.errors import BadBody, BodyTooLarge, ImageError, MediaTypeUnsupported, TooManyImages
+from server.errors import BadBody, BodyTooLarge, ImageError, ImageMislabelled, MediaTypeUnsupported, TooManyImages
+from tests.server.pictures import encode, rectangle
 
 BOUNDARY = "frontier"
 FORM = Headers({"content-type": f"multipart/form-data; boundary={BOUNDARY}"})
@@ -150,3 +151,72 @@ def test_other_types_are_refused_with_what_to_send(kind: str) -> None:
 def test_compressed_bodies_are_refused() -> None:
     with pytest.raises(MediaTypeUnsupported, match="gzip"):
         split_images(b"x", Headers({"content-type": "image/png", "content-encoding": "gzip"}), 1)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "file_format", "right"),
+    [
+        ("image/jpeg", "PNG", "image/png"),
+        ("image/png; charset=utf-8", "WEBP", "image/webp"),
+        ("IMAGE/JPG", "BMP", "image/bmp"),
+        ("image/tiff", "JPEG", "image/jpeg"),
+    ],
+)
+def test_a_raw_picture_that_is_called_another_is_refused(media_type: str, file_format: str, right: str) -> None:
+    data = encode(rectangle(), file_format)
+    (error,) = split_images(data, Headers({"content-type": media_type}), 1)
+    assert isinstance(error, ImageMislabelled)
+    assert error.status == 415
+    name = media_type.partition(";")[0].lower()
+    assert error.message == f"sent as {name}, but it is a {file_format} file; send it as {right} or image/*"
+
+
+@pytest.mark.parametrize("media_type", ["image/*", "image/jpeg", "image/jpg", "image/pjpeg", "image/anything"])
+def test_a_raw_picture_that_is_called_nothing_else_is_taken(media_type: str) -> None:
+    data = encode(rectangle(), "JPEG")
+    assert split_images(data, Headers({"content-type": media_type}), 1) == [data]
+
+
+def test_a_parts_content_type_is_a_guess_from_its_files_name_and_nobody_is_held_to_it() -> None:
+    data = encode(rectangle(), "JPEG")
+    assert b"Content-Type: image/png" in form(("images", data))
+    assert split_images(form(("images", data)), FORM, 1) == [data]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (form(("images", b"x\r\n--frontierx")), "a boundary's line goes on behind it"),
+        (form(("images", b"\r\n--frontier - \r\n")), "a boundary's line goes on behind it"),
+        (b"preamble\r\n" + form(("images", b"x")), "begins with b'preamble"),
+        (b"--frontier", "ends before its closing boundary"),
+        (b"--frontier\r\nA: b", "ends before its closing boundary"),
+        (b"--frontier\r\nA: " + b"b" * 9000, "header of a part has more than 8192 bytes"),
+    ],
+)
+def test_a_form_that_is_not_quite_one_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(BadBody, match=message):
+        split_images(body, FORM, 4)
+
+
+def test_blanks_around_a_form_are_allowed() -> None:
+    body = b"\r\n" + form(("images", b"x")).replace(b"--frontier\r\n", b"--frontier \t\r\n") + b"epilogue\r\n"
+    assert split_images(body, FORM, 1) == [b"x"]
+
+
+def test_json_that_would_take_gigabytes_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.body.orjson.loads", lambda _: pytest.fail("parsed"))
+    with pytest.raises(BadBody, match="200002 lists and commas for 4 images at most"):
+        split_images(b'{"images": [' + b"[]," * 100_000 + b"[]]}", JSON, 4)
+    with pytest.raises(TooManyImages, match="100001 objects in a list, and 4 images"):
+        split_images(b'{"images": [' + b"{}," * 100_000 + b"{}]}", JSON, 4)
+
+
+def test_data_urls_have_a_comma_and_are_as_many_as_allowed() -> None:
+    body = orjson.dumps({"images": [{"b64": "data:image/png;base64,AAAA"}] * 64})
+    assert split_images(body, JSON, 64) == [b"\0\0\0"] * 64
+
+
+def test_long_content_types_are_refused() -> None:
+    with pytest.raises(MediaTypeUnsupported, match="more than 1000 characters"):
+        split_images(b"x", Headers({"content-type": "multipart/form-data; " + 'a=";' * 1000}), 1)
