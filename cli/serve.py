@@ -27,7 +27,8 @@ Every flag is also an environment variable, named in brackets; a flag wins over 
 EXAMPLE = """\
 example:
   ddetr serve --port 8000
-  curl -F image=@smear.jpg 'http://localhost:8000/detect?threshold=0.4'
+  curl -o smear.jpg http://localhost:8000/sample.jpg
+  curl -F images=@smear.jpg 'http://localhost:8000/detect?threshold=0.4'
 """
 
 

@@ -23,11 +23,12 @@ class DetectOptions(BaseModel):
     max_detections: Annotated[int, Field(ge=1, description="most detections of an image, best first")] = 100
     classes: Annotated[str | None, Field(description="comma-separated names or ids: only these classes")] = None
     box_format: Annotated[
-        BoxFormat, Field(description="corners; corner and size; or centre and size. For `format=json`")
+        BoxFormat,
+        Field(description="`xyxy`: corners; `xywh`: corner and size; `cxcywh`: centre and size. For `format=json`"),
     ] = "xyxy"
-    units: Annotated[Units, Field(description="pixels of the picture as displayed, or 0..1. For `format=json`")] = (
-        "pixel"
-    )
+    units: Annotated[
+        Units, Field(description="`pixel` of the picture as displayed, or `normalized` to 0..1. For `format=json`")
+    ] = "pixel"
     format: Annotated[
         OutputFormat,
         Field(description="`json`; `coco`: a COCO dataset whose annotations carry scores; `image`: a PNG with boxes"),
