@@ -36,7 +36,9 @@ def build_router(service: Service) -> APIRouter:
         summary="Find objects in images",
         response_class=Response,
         responses=DETECT_RESPONSES,
-        openapi_extra=detect_request(service.manifest.categories),
+        openapi_extra=detect_request(
+            service.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
+        ),
     )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""

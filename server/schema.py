@@ -1,5 +1,6 @@
 """The shapes of bodies, for /docs. Answers are written by `respond`, not by these."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -199,16 +200,15 @@ DETECT_REQUEST: dict[str, Any] = {
 }
 
 
-def detect_request(categories: Mapping[int, str]) -> dict[str, Any]:
-    """DETECT_REQUEST with two of the model's own classes as the example."""
-    example = ",".join([*dict.fromkeys(categories.values())][:2])
-    parameters = [
-        parameter | {"schema": parameter["schema"] | {"examples": [example]}}
-        if parameter["name"] == "classes"
-        else parameter
-        for parameter in DETECT_REQUEST["parameters"]
-    ]
-    return DETECT_REQUEST | {"parameters": parameters}
+def detect_request(categories: Mapping[int, str], max_images: int) -> dict[str, Any]:
+    """DETECT_REQUEST with two of the model's own classes as the example, and the most images of a request."""
+    request = copy.deepcopy(DETECT_REQUEST)
+    for media_type in ("multipart/form-data", "application/json"):
+        request["requestBody"]["content"][media_type]["schema"]["properties"]["images"]["maxItems"] = max_images
+    for parameter in request["parameters"]:
+        if parameter["name"] == "classes":
+            parameter["schema"]["examples"] = [",".join([*dict.fromkeys(categories.values())][:2])]
+    return request
 
 
 _ERRORS = {

@@ -28,4 +28,5 @@ def test_what_a_request_may_not_have_is_said(client: TestClient) -> None:
     content = client.get("/openapi.json").json()["paths"]["/detect"]["post"]["requestBody"]["content"]
     for media_type in ("application/json", "multipart/form-data"):
         assert content[media_type]["schema"]["additionalProperties"] is False
+        assert content[media_type]["schema"]["properties"]["images"]["maxItems"] == 32
     assert content["application/json"]["schema"]["properties"]["images"]["items"]["additionalProperties"] is False
