@@ -260,7 +260,11 @@ class Lane:
         if self._reopen is None:
             self._opening = self._runner.warm(self._manifest.canvases)
         else:
-            self._runner = Runner(self._name, self._clock)
+            try:
+                self._runner = Runner(self._name, self._clock)
+            except RuntimeError as error:  # this process may have no more threads
+                self._not_opened(error)
+                return
             self._opening = self._runner.open(self._reopen, self._manifest.canvases, self._closing)
         post = partial(_post, asyncio.get_running_loop())
         self._opening.add_done_callback(lambda opening: post(self._opened, opening))
@@ -274,17 +278,20 @@ class Lane:
         if error is None and engine is not None and engine.manifest != self._manifest:
             error = ValueError("the bundle is another one than at the start; restart the server to serve it")
         if error is not None:
-            logger.error("%s cannot be restarted yet: %s: %s", self._name, type(error).__name__, error)
-            self.opening_failed = True
             if self._reopen is not None:
                 self._closing = self._runner.close()
-            self._open_later()
+            self._not_opened(error)
         else:
             logger.warning("%s works again", self._name)
             self.up = True
             self.opening_failed = False
             self.got_on_s = self._clock()
         self._changed()
+
+    def _not_opened(self, error: BaseException) -> None:
+        logger.error("%s cannot be restarted yet: %s: %s", self._name, type(error).__name__, error)
+        self.opening_failed = True
+        self._open_later()
 
 
 def fail(entry: Entry, error: Exception) -> None:

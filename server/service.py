@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from PIL import Image
 from starlette.datastructures import Headers
@@ -28,6 +29,8 @@ from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
 from server.settings import Settings
 from server.timing import StageTimes
+
+T = TypeVar("T")
 
 logger = logging.getLogger("ddetr.service")
 
@@ -183,7 +186,7 @@ class Service:
 
         work = [detect_one(upload, place) for upload, place in zip(uploads, ticket.places, strict=True)]
         del uploads
-        outcomes = [await work[0]] if len(work) == 1 else await asyncio.gather(*work)
+        outcomes = [await work[0]] if len(work) == 1 else await _all(work)
         ticket.answered()
         return outcomes
 
@@ -224,4 +227,17 @@ class Service:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
-            self.batcher.check()
+            try:
+                self.batcher.check()
+            except Exception:  # without this watch no engine would ever be replaced again
+                logger.exception("looking after the engines failed")
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results. If something raises, nothing goes on for nobody."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

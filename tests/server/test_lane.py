@@ -11,6 +11,7 @@ from server.batcher import CHECK_EVERY_S
 from server.engine import Engine
 from server.errors import DeadlinePassed, EngineFailed, Unavailable
 from server.lane import MOST_ABANDONED
+from server.runner import Runner
 from tests.server.bench import NEVER_S, TALL, WIDE, Bench, left_edge_px, run, settle, until
 from tests.server.fake_engine import LETHAL, MANIFEST, POISON, TAR, FakeEngine
 
@@ -324,6 +325,25 @@ def test_an_engine_that_cannot_be_opened_is_tried_less_and_less_often() -> None:
             await waits
         assert left_edge_px(await bench.submit(bench.image())) == 8
         assert bench.batcher.trouble() is None
+
+    run(test, reopen=True)
+
+
+def test_an_engine_for_which_there_is_no_thread_is_opened_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(bench: Bench) -> None:
+        def no_runner(*_: object) -> Runner:
+            raise RuntimeError("can't start new thread")
+
+        task = await bench.hold()
+        with monkeypatch.context() as short:
+            short.setattr("server.lane.Runner", no_runner)
+            await bench.pass_time(3)
+            assert not bench.batcher.works
+        with pytest.raises(EngineFailed, match="cannot be restarted"):
+            await task
+        await bench.pass_time(5)
+        await until(lambda: bench.batcher.works)
+        assert left_edge_px(await bench.submit(bench.image())) == 8
 
     run(test, reopen=True)
 

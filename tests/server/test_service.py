@@ -8,7 +8,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from server.batch_queue import Inferred
 from server.decoders import read_header
+from server.preprocess import PreparedImage
 from server.settings import Settings
 from tests.server.pictures import RED, encode, rectangle
 from tests.server.test_load import PNG, Site, run
@@ -250,3 +252,46 @@ def test_nothing_is_decoded_for_nobody(settings: Settings, monkeypatch: pytest.M
         assert len(read) == 2
 
     run(settings, test, decode_threads=1)
+
+
+def test_what_nobody_foresaw_ends_the_work_on_the_other_images(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(site: Site) -> None:
+        infer = site.service.batcher.infer
+
+        async def infer_or_fail(image: PreparedImage, *rest: Any) -> Inferred:
+            if image.width == 40:
+                await site.until(lambda: site.service.batcher.waiting == 1)
+                raise MemoryError("told to")
+            return await infer(image, *rest)
+
+        monkeypatch.setattr(site.service.batcher, "infer", infer_or_fail)
+        first = await site.hold()
+        await site.until(lambda: site.service.batcher.waiting == 0)
+        files = [("images", PICTURE), ("images", encode(rectangle(RED, size=(40, 60))))]
+        answer = await site.client.post("/detect", files=files)
+        assert refusal(answer) == (500, "internal")
+        await site.until(lambda: site.service.batcher.waiting == 0)
+        site.engine.gate.set()
+        assert (await first).status_code == 200
+
+    run(settings, test)
+
+
+def test_the_watch_over_engines_outlives_what_nobody_foresaw(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(site: Site) -> None:
+        await site.service.start()
+        looks = 0
+
+        def check() -> None:
+            nonlocal looks
+            looks += 1
+            raise RuntimeError("told to")
+
+        monkeypatch.setattr(site.service.batcher, "check", check)
+        await site.until(lambda: looks > 1)
+
+    run(settings, test)
