@@ -181,7 +181,7 @@ class Batcher:
         if all(lane.out_of_order is not None for lane in self._lanes):
             for entry in self._queue.drop_expired(float("inf")):
                 fail(entry, Unavailable("no engine is left", self._estimate.retry_after_s(self.waiting)))
-        elif all(lane.opening_failed for lane in self._lanes):
+        elif all(lane.opening_failed or lane.out_of_order is not None for lane in self._lanes):
             for entry in self._queue.drop_retries():
                 fail(entry, EngineFailed("the engine was lost with this image and cannot be restarted"))
 

@@ -329,6 +329,23 @@ def test_an_engine_that_cannot_be_opened_is_tried_less_and_less_often() -> None:
     run(test, reopen=True)
 
 
+def test_nobody_waits_for_an_engine_that_cannot_be_opened_beside_one_out_of_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(bench: Bench) -> None:
+        monkeypatch.setattr("server.lane.MOST_ABANDONED", 0)
+        given_up = await bench.hold()
+        given_up.cancel()
+        await bench.pass_time(3)
+        assert bench.batcher.trouble() == "1 engines hang"
+        bench.open_engine.trouble = "open"
+        bench.engines[1].trouble = "raise"
+        with pytest.raises(EngineFailed, match="cannot be restarted"):
+            await bench.submit(bench.image())
+
+    run(test, engines=2, reopen=True)
+
+
 def test_an_engine_for_which_there_is_no_thread_is_opened_later(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(bench: Bench) -> None:
         def no_runner(*_: object) -> Runner:
