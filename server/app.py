@@ -47,7 +47,7 @@ def create_app(
     metrics_router = build_metrics_router(metrics)
     apart: FastAPI | None = None
     if settings.metrics_port:
-        apart = FastAPI(openapi_url=None, telemetry=_NO_TELEMETRY)
+        apart = FastAPI(openapi_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
         _dress(apart, [metrics_router], service, keys, None)
 
     @asynccontextmanager
@@ -66,6 +66,7 @@ def create_app(
     app = FastAPIOffline(  # FastAPI's /docs, without its scripts from elsewhere: many a GPU host has no way out
         docs_url=None,  # see docs.py
         redoc_url=None,
+        redirect_slashes=False,  # to wherever the Host header says
         telemetry=_NO_TELEMETRY,
         title="ddetr",
         description="Deformable DETR over HTTP: images in, boxes, classes and scores out.",

@@ -263,6 +263,7 @@ def test_server_timing_has_every_stage(client: TestClient) -> None:
 
 def test_wrong_paths_and_methods_have_error_bodies(client: TestClient) -> None:
     assert error(client.get("/nowhere"))[:2] == (404, "not_found")
+    assert error(client.post("/detect/"))[:2] == (404, "not_found")
     wrong = client.get("/detect")
     assert error(wrong)[:2] == (405, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
