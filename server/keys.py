@@ -80,7 +80,10 @@ class ApiKeys:
         """Keep an eye on the file until cancelled, beside the loop: a file system may hang."""
         while self._file is not None:
             await asyncio.sleep(_CHECK_EVERY_S)
-            await asyncio.to_thread(self.refresh)
+            try:
+                await asyncio.to_thread(self.refresh)
+            except Exception:  # no thread to be had, for one; unwatched, a key that was taken back would stay good
+                logger.exception("api_keys_file %s could not be looked at", self._file)
 
 
 class Gate:

@@ -1,3 +1,4 @@
+import asyncio
 import logging
 import os
 import time
@@ -167,6 +168,26 @@ def test_keys_are_changed_under_a_running_server(file: Path, monkeypatch: pytest
         while statuses(client, ["new-key"]) == [401] and time.monotonic() < until:
             pass
         assert statuses(client, ["old-key-1", "new-key"]) == [401, 200]
+
+
+def test_the_watch_outlives_what_nobody_foresaw(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys_module, "_CHECK_EVERY_S", 0.01)
+    refreshes: list[bool] = []
+
+    def refresh() -> None:
+        refreshes.append(True)
+        raise RuntimeError("told to")
+
+    async def watch_for_two() -> None:
+        keys = ApiKeys((), file)
+        monkeypatch.setattr(keys, "refresh", refresh)
+        watching = asyncio.create_task(keys.watch())
+        while len(refreshes) < 2 and not watching.done():
+            await asyncio.sleep(0.001)
+        assert not watching.done(), "who was to lose a key keeps it"
+        watching.cancel()
+
+    asyncio.run(watch_for_two())
 
 
 def test_keys_are_nowhere_to_be_seen(file: Path, caplog: pytest.LogCaptureFixture) -> None:
