@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import glob
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def run(argv: Sequence[str]) -> int:
         paths = find_pictures(expand(arguments.paths))
         if not paths:
             parser.error(f"no pictures in {', '.join(arguments.paths)}")
+        if arguments.draw is not None:
+            make_folder(arguments.draw)
         engine = open_engine(settings)
         try:
             category_ids(options.classes, engine.manifest.categories)
@@ -62,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
             engine.close()
     except (BadParameter, ValidationError) as error:
         parser.error(str(error))
-    except (BundleError, StartupError) as error:
+    except (BundleError, StartupError, OSError) as error:
         print(f"ddetr detect: {error}", file=sys.stderr)
         return EXIT_FAILED
     if unread:
@@ -145,7 +148,6 @@ def file_content(file: FileOutcome, options: DetectOptions) -> dict[str, object]
 
 def write_drawn(outcomes: Iterator[FileOutcome], folder: Path, inputs: Sequence[Path], max_image_pixels: int) -> int:
     """Write each picture with its boxes into `folder`, the files of format=image; the number without an answer."""
-    folder.mkdir(parents=True, exist_ok=True)
     taken = {path.resolve() for path in inputs}
     unread = 0
     for file in outcomes:
@@ -158,6 +160,15 @@ def write_drawn(outcomes: Iterator[FileOutcome], folder: Path, inputs: Sequence[
         target.write_bytes(encode_png(draw_detections(picture, file.outcome.detections)))
         print(f"{file.path} -> {target}: {len(file.outcome.detections)} detections", flush=True)
     return unread
+
+
+def make_folder(folder: Path) -> None:
+    """Raises OSError, naming the folder, where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"--draw: cannot write to {folder}: {error.strerror}") from error
 
 
 def free_name(folder: Path, stem: str, taken: set[Path]) -> Path:

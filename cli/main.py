@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, cast
 
+USAGE = 2  # argparse's
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 
 VERBS = {
@@ -38,7 +39,10 @@ class Verb(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status of the process."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] not in VERBS:
+    if not words:
+        parser().print_help(sys.stderr)
+        return USAGE
+    if words[0] not in VERBS:
         arguments = parser().parse_args(words)
         words = [arguments.verb, *arguments.arguments]
     # Else without argparse, which would take the `--` out of `ddetr bench -- --port 80`.

@@ -13,6 +13,7 @@ from bundle import BundleError, read_bundle
 from server.docs import build_docs_router
 from server.engine import Engine, OpenEngine, open_engine
 from server.errors import ServiceError, StartupError
+from server.head import Head
 from server.keys import ApiKeys, Gate
 from server.metrics import Metrics
 from server.metrics_port import listening
@@ -102,6 +103,7 @@ def _dress(
         return http_error_response(request, error)
 
     # From the inside to the outside.
+    app.add_middleware(Head)
     app.add_middleware(Gate, keys=keys, refuse=answer_service_error)
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 

@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.bind import bind
 from server.connection import Connection
-from server.errors import StartupError
 
 logger = logging.getLogger("ddetr.run")
 
@@ -18,7 +17,7 @@ logger = logging.getLogger("ddetr.run")
 @contextlib.asynccontextmanager
 async def listening(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     """Serve `app` at host:port (0: any free port) while inside; gives the port. Raises StartupError if it is taken."""
-    listener = _listen(host, port)
+    listener = bind(host, port, "metrics_port")
     port = listener.getsockname()[1]
     config = uvicorn.Config(
         app,
@@ -47,11 +46,3 @@ class _Listener(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        raise StartupError(f"metrics_port: cannot listen on {host}:{port}: {error.strerror or error}") from error

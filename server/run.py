@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.bind import bind
 from server.connection import Connection
 from server.engine import Engine, OpenEngine
 from server.errors import StartupError
@@ -37,14 +38,15 @@ def serve(settings: Settings, engine: Engine | OpenEngine | None = None) -> int:
 
 def _serve(settings: Settings, engine: Engine | OpenEngine | None) -> int:
     try:
+        listener = bind(settings.host, settings.port, "port")
+        if settings.metrics_port:  # bound for good when it is time; one in use is told now
+            bind(settings.metrics_host, settings.metrics_port, "metrics_port").close()
         app = create_app(settings, engine)
     except StartupError as error:
         logger.error("cannot start: %s", error)
         return 1
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         loop="uvloop",
         http=Connection,
         ws="none",
@@ -59,7 +61,7 @@ def _serve(settings: Settings, engine: Engine | OpenEngine | None) -> int:
     # stop that was asked for ends with 0.
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: None)
-    server.run()
+    server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
@@ -79,6 +81,10 @@ class _DrainingServer(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS)
+        if self.started:
+            for listener in sockets or ():
+                host, port = listener.getsockname()[:2]
+                logger.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         logger.info("%s: finishing %d images", signal.Signals(sig).name, self._service.admission.unanswered)

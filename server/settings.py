@@ -64,7 +64,10 @@ class Settings(BaseSettings):
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(key for part in value.split(",") if (key := part.strip()))
+            keys = tuple(key for part in value.split(",") if (key := part.strip()))
+            if not keys:  # `--api-keys "$KEYS"` with nothing in it must not open the server to all
+                raise ValueError("no key in it; to serve without keys leave it out")
+            return keys
         return value
 
     @model_validator(mode="after")

@@ -164,3 +164,14 @@ def test_the_bundle_named_is_the_one_opened(
     monkeypatch.setattr("cli.detect.open_engine", open_missing)
     assert main(["detect", str(folder / "a.png"), "--bundle", str(folder / "nowhere")]) == 1
     assert capsys.readouterr().err == f"ddetr detect: {folder / 'nowhere'}: no such folder\n"
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "smear.png"
+    picture.write_bytes(b"")
+    assert main(["detect", str(picture), "--draw", str(picture), "--bundle", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"ddetr detect: --draw: cannot write to {picture}: ")
+    assert told.count("\n") == 1

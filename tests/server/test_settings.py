@@ -86,3 +86,12 @@ def test_cores_heed_the_containers_quota(tmp_path: Path, limit: str, expected: i
     (tmp_path / "cpu.max").write_text(limit)
     without = available_cores(tmp_path / "absent")
     assert available_cores(tmp_path / "cpu.max") == min(without, expected or without)
+
+
+@pytest.mark.parametrize("given", ["", " ", ",", " , "])
+def test_a_list_without_a_key_does_not_open_the_server(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    with pytest.raises(ValidationError, match="no key in it"):
+        Settings(api_keys=given)
+    monkeypatch.setenv("DDETR_API_KEYS", given)
+    with pytest.raises(ValidationError, match="no key in it"):
+        Settings()
