@@ -28,6 +28,9 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
+_GATHER_S = 0.02
+"""After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
+
 
 class JsonForm(logging.Formatter):
     """A record as a JSON object of ASCII characters: time, level, logger, message, its fields, its traceback."""
@@ -78,6 +81,7 @@ class QueuedHandler(logging.Handler):
         self._lost = 0
         self._written = 0
         self._closing = False
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -98,6 +102,7 @@ class QueuedHandler(logging.Handler):
             closing, self._closing = self._closing, True
             if not closing:
                 self._lines.put(None)
+                self._hurry.set()
         finally:
             self.release()
         written = -1
@@ -128,6 +133,7 @@ class QueuedHandler(logging.Handler):
                 self._written += len(texts)
             if lines[-1] is None:
                 return
+            self._hurry.wait(_GATHER_S)
 
 
 def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None = None) -> QueuedHandler:
