@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -12,6 +12,7 @@ from server.decode import decode_pixels
 from server.headers import Header, read_header
 from server.progress import Progress
 from server.resize import Pixels
+from server.worker import Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -81,8 +82,8 @@ class Decoders:
         self, threads: int, max_image_pixels: int, max_decode_bytes: int, progress: Progress, large_progress: Progress
     ) -> None:
         self._max_image_pixels = max_image_pixels
-        self._small = ThreadPoolExecutor(threads, "decode")
-        self._large = ThreadPoolExecutor(threads, "decode-large")
+        self._small = Worker("decode", threads)
+        self._large = Worker("decode-large", threads)
         self._allowance = Allowance(max_decode_bytes)
         self._progress = progress
         self._large_progress = large_progress
@@ -134,7 +135,7 @@ class Decoders:
     def stop(self) -> None:
         """End the threads once their work is done, without waiting for it."""
         for pool in (self._small, self._large):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.stop(cancel=True)
 
     def stalled(self, timeout_s: float) -> bool:
         """Whether small pictures make no progress for longer than `timeout_s`, or large ones for much longer."""
@@ -142,7 +143,7 @@ class Decoders:
 
     async def _run(
         self,
-        pool: ThreadPoolExecutor,
+        pool: Worker,
         progress: Progress,
         work: Callable[[], T],
         when_done: Callable[[], object] | None = None,

@@ -10,7 +10,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
-_SAMPLE_SEED = 7
+_SAMPLE_SEED = 4  # cells of all kinds, every one found and none twice
 _STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')
 _SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)

@@ -1,50 +1,60 @@
-"""One thread that does one thing at a time."""
+"""Threads of our own: one that does one thing at a time, or some that share what there is to do."""
 
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Worker:
-    """Runs calls in the order they come, in a thread of its own.
+    """Runs calls in the order they come, in a thread of its own, or in the first of several that is free.
 
-    The thread is a daemon: an engine that hangs must not keep the process from ending, as a
+    The threads are daemons: an engine or a decoder that hangs must not keep the process from ending, as a
     `concurrent.futures` pool would.
     """
 
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+    def __init__(self, name: str, threads: int = 1) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        names = [name] if threads == 1 else [f"{name}-{index}" for index in range(threads)]
+        self._threads = [threading.Thread(target=self._work, name=each, daemon=True) for each in names]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call `function` in the thread; its result, or what it raises, goes into the future."""
+        """Call `function` in a thread; its result, or what it raises, goes into the future."""
         future: Future[T] = Future()
-        self._calls.put(partial(_call, future, partial(function, *args, **kwargs)))
+        self._calls.put((future, partial(function, *args, **kwargs)))
         return future
 
-    def stop(self) -> None:
-        """End the thread once its calls are done, without waiting for it."""
-        self._calls.put(None)
+    def stop(self, *, cancel: bool = False) -> None:
+        """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made."""
+        with suppress(queue.Empty):
+            while cancel:
+                call = self._calls.get_nowait()
+                if call is not None:
+                    call[0].cancel()
+        for _ in self._threads:
+            self._calls.put(None)
 
     def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
+        """Wait until the threads have ended."""
+        for thread in self._threads:
+            thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread has not ended."""
-        return self._thread.is_alive()
+        """Whether a thread has not ended."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            call()
+            _call(*call)
             del call  # holds the batch's images
 
 

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -47,5 +49,38 @@ def test_stopping_ends_the_thread_after_its_calls() -> None:
     future = worker.submit(int, "3")
     worker.stop()
     assert future.result(timeout=10) == 3
-    worker._thread.join(timeout=10)
-    assert not worker._thread.is_alive()
+    worker.join()
+    assert not worker.alive
+
+
+def test_several_threads_share_the_calls() -> None:
+    worker = Worker("test", threads=3)
+    together = threading.Barrier(3)
+    waits = [worker.submit(together.wait, 10) for _ in range(3)]
+    assert sorted(wait.result(timeout=10) for wait in waits) == [0, 1, 2]
+    worker.stop()
+    worker.join()
+    assert not worker.alive
+
+
+def test_stopping_can_cancel_what_has_not_begun() -> None:
+    worker = Worker("test", threads=2)
+    gate, begun = threading.Event(), threading.Barrier(3)
+
+    def hold() -> bool:
+        begun.wait(10)
+        return gate.wait(10)
+
+    held = [worker.submit(hold) for _ in range(2)]
+    begun.wait(10)
+    waiting = [worker.submit(pytest.fail, "was called") for _ in range(3)]
+    worker.stop(cancel=True)
+    assert all(call.cancelled() for call in waiting)
+    gate.set()
+    assert all(call.result(timeout=10) for call in held)
+    worker.join()
+
+
+def test_a_call_that_hangs_does_not_keep_the_process_from_ending() -> None:
+    program = "from server.worker import Worker; import time; Worker('test', 2).submit(time.sleep, 600)"
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
