@@ -15,6 +15,7 @@ from server.connection import Connection
 from server.engine import Engine, OpenEngine
 from server.errors import StartupError
 from server.logs import close_log, open_log
+from server.malloc import tame_malloc
 from server.service import Service
 from server.settings import Settings
 
@@ -29,6 +30,7 @@ def serve(settings: Settings, engine: Engine | OpenEngine | None = None) -> int:
 
     Returns the exit status: 0, or 1 if it cannot start.
     """
+    tame_malloc()
     log = open_log(settings.log_level, settings.log_format)
     try:
         return _serve(settings, engine)

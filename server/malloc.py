@@ -1,0 +1,30 @@
+"""How the C library keeps freed memory: tuned for large blocks of changing sizes that come and go in many threads."""
+
+import ctypes
+import logging
+
+logger = logging.getLogger("ddetr.run")
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+
+LARGE_BYTES = 4 << 20
+"""Blocks from here on come from the kernel and go back to it: pictures beyond a megapixel or so. What is smaller, as
+canvases are, is kept, because fresh pages cost as much as a resize."""
+
+_KEPT_BYTES = 64 << 20
+_ARENAS = 4
+
+
+def tame_malloc() -> None:
+    """Keep the process's memory from creeping up: each thread's own heap, full of holes, takes tens of megabytes.
+
+    Does nothing where the C library is another than glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    options = {_MMAP_THRESHOLD: LARGE_BYTES, _TRIM_THRESHOLD: _KEPT_BYTES, _ARENA_MAX: _ARENAS}
+    if not all(mallopt(option, value) for option, value in options.items()):
+        logger.debug("the C library takes no options of its allocator")
