@@ -11,7 +11,7 @@ from bundle.errors import (
     HashMismatch,
     ManifestInvalid,
 )
-from bundle.manifest import EngineRecord, Manifest, ModelName, ParityRecord
+from bundle.manifest import EngineProfile, EngineRecord, Manifest, ModelName, ParityRecord
 from bundle.reader import Bundle, find_engine, read_bundle
 from bundle.resize import Canvas, ResizeRule, canvases_for, choose_canvas, resized_size
 from bundle.writer import write_bundle
@@ -24,6 +24,7 @@ __all__ = [
     "Canvas",
     "CanvasError",
     "EngineMismatch",
+    "EngineProfile",
     "EngineRecord",
     "FormatUnknown",
     "HashMismatch",

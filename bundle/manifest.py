@@ -38,17 +38,40 @@ class ParityRecord(_Record):
     detections_compared: int | None = Field(default=None, ge=0)
 
 
+class EngineProfile(_Record):
+    """The batches of one canvas that an engine takes: of 1 to `max_batch_size`, quickest at the typical one."""
+
+    canvas: Canvas
+    typical_batch_size: int = Field(ge=1)
+    max_batch_size: int = Field(ge=1)
+
+
 class EngineRecord(_Record):
-    """An engine file built for one kind of GPU."""
+    """An engine file, and what it was built of and for."""
 
     file: str
     flavour: Literal["tensorrt", "rtx"]
-    arch: str = Field(description="for example sm80")
+    arch: str = Field(description="sm80; sm86-sm89 for an engine of two; sm80+ for that and all after it")
     precision: str
     sha256: Sha256
     built_with: dict[str, str] = Field(default_factory=dict)
+    targets: tuple[str, ...] = Field(default=(), description="the GPUs it runs on; none: `arch` alone")
+    profiles: tuple[EngineProfile, ...] = ()
+    hashes: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of the 'graph' it was built of and the 'plugin' it needs"
+    )
+    graph_parity: tuple[ParityRecord, ...] = Field(
+        default=(), description="the graph it was built of, in ONNX Runtime; not the engine's own answers"
+    )
 
     _plain_name = field_validator("file")(lambda value: plain_file_name(value))
+
+    def runs_on(self, arch: str) -> bool:
+        """Whether a GPU of this architecture ("sm86") can run it; which TensorRT does is another question."""
+        return any(
+            arch == target or (target.endswith("+") and _number(arch) >= _number(target))
+            for target in self.targets or (self.arch,)
+        )
 
 
 class Manifest(_Record):
@@ -70,6 +93,11 @@ class Manifest(_Record):
     built_with: dict[str, str] = Field(default_factory=dict, description="program to version")
     parity: tuple[ParityRecord, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
+
+
+def _number(arch: str) -> int:
+    digits = "".join(filter(str.isdecimal, arch))
+    return int(digits) if digits else -1
 
 
 def plain_file_name(name: str) -> str:

@@ -83,9 +83,13 @@ def find_engine(bundle: Bundle, flavour: str, arch: str, precision: str | None =
 
     Raises EngineMismatch naming the engines there are.
     """
-    for engine in bundle.manifest.engines:
-        if engine.flavour == flavour and engine.arch == arch and precision in (None, engine.precision):
-            return engine
+    fitting = [
+        engine
+        for engine in bundle.manifest.engines
+        if engine.flavour == flavour and engine.runs_on(arch) and precision in (None, engine.precision)
+    ]
+    if fitting:  # the one for the fewest others is the quickest
+        return min(fitting, key=lambda engine: (engine.arch.endswith("+"), len(engine.targets)))
     wanted = "-".join(part for part in (flavour, arch, precision) if part)
     there = ", ".join(engine.file for engine in bundle.manifest.engines) or "none"
     raise EngineMismatch(f"{bundle.path} has no engine for {wanted}; it has {there}")

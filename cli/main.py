@@ -17,6 +17,7 @@ VERBS = {
     "serve": "serve a bundle over HTTP",
     "detect": "detect in files or a folder: JSON, or pictures with the boxes drawn",
     "export": "turn a checkpoint into a bundle, verified against PyTorch",
+    "build": "build a TensorRT engine of a checkpoint, into its bundle",
     "train": "train or fine-tune on COCO-format data",
     "evaluate": "measure a checkpoint's AP on COCO-format data",
     "bench": "measure a server's throughput and latency, or find the best settings",

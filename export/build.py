@@ -6,7 +6,7 @@ Networks are strongly typed: every layer computes in the type the graph gives it
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,28 @@ def build(
     *,
     tf32: bool = False,
     embed_plugin: bool = False,
+    hardware_compatible: bool = False,
+    workspace_mib: int | None = None,
+    timing_cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Engine:
     """Build the parsed network's engine.
 
     targets: architectures such as "sm86"; none, this machine's GPU. tf32: float32 products may be rounded to 10 bits.
     embed_plugin: put the plugin's library into the engine, for hosts that do not have it; they must then allow the
-    engine to bring code (`engine_host_code_allowed`). Raises TargetError and NotBuilt.
+    engine to bring code (`engine_host_code_allowed`). hardware_compatible: for this GPU and later ones.
+    workspace_mib: the most a kernel may use for itself. timing_cache: a file of kernels' times, used and brought up to
+    date where the flavour takes them. progress: told each phase of the builder that begins.
+
+    Raises TargetError and NotBuilt.
     """
     if not profiles:
         raise ValueError("an engine needs at least one profile")
     trt, builder = parsed.trt, parsed.builder
     aims = parsed.flavour.targets(targets)
     config = builder.create_builder_config()
+    if hardware_compatible:
+        aims = parsed.flavour.widened(aims)
     parsed.flavour.aim(config, aims)
     (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     if embed_plugin:
@@ -161,9 +171,23 @@ def build(
     for profile in profiles:
         if config.add_optimization_profile(_shapes(parsed, profile)) < 0:
             raise NotBuilt(f"canvas {profile.canvas} is no profile of this network: {parsed.log.reason()}")
+    if workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
+    if not parsed.flavour.times_kernels:
+        timing_cache = None
+    if timing_cache is not None:
+        known = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.is_file() else b"")
+        if known is not None:  # one of another version or GPU is none
+            config.set_timing_cache(known, False)
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
     content = builder.build_serialized_network(parsed.network, config)
     if content is None:
         raise NotBuilt(f"{parsed.flavour.name} built no engine for {', '.join(aims)}: {parsed.log.reason()}")
+    if timing_cache is not None and (timed := config.get_timing_cache()) is not None:
+        fresh = timing_cache.with_name(f".{timing_cache.name}.new")
+        fresh.write_bytes(bytes(timed.serialize() or b""))
+        fresh.replace(timing_cache)
     return Engine(bytes(content), parsed.flavour.name, trt.__version__, aims, parsed.report())
 
 
@@ -217,6 +241,26 @@ def _plain(message: str) -> str:
     line = message.splitlines()[0]
     line = re.sub(r"^\S+: Error Code \d+: [\w ]+ \((.*?)(?: In \w+ at \S+)?\)$", r"\1", line)
     return re.sub(r'^\w+ && "(.*)"$', r"\1", line)
+
+
+def _monitor(trt: Any, tell: Callable[[str], None]) -> Any:
+    """A progress monitor that tells the phases as they begin; it never asks the builder to stop."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                tell(f"{phase_name}, {num_steps} steps")
+
+        def step_complete(self, *_: object) -> bool:
+            return True
+
+        def phase_finish(self, *_: object) -> None:
+            pass
+
+    return Monitor()
 
 
 def _log(trt: Any) -> Any:

@@ -38,6 +38,8 @@ class Flavour(ABC):
     """What differs between the two; the rest of their API is one."""
 
     name: ClassVar[str]
+    times_kernels: ClassVar[bool]
+    """Whether it measures kernels while it builds, and can keep what it measured."""
 
     @abstractmethod
     def load(self) -> Any:
@@ -52,13 +54,17 @@ class Flavour(ABC):
 
     @abstractmethod
     def aim(self, config: Any, targets: Sequence[str]) -> None:
-        """Set the builder's configuration to what `targets` returned."""
+        """Set the builder's configuration to what `targets` or `widened` returned."""
+
+    @abstractmethod
+    def widened(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The targets of an engine for these GPUs and later ones: "sm80+". Raises TargetError where there is none."""
 
 
 class TensorRT(Flavour):
     """TensorRT times its kernels while it builds: it builds on a GPU, and for that GPU alone."""
 
-    name = "tensorrt"
+    name, times_kernels = "tensorrt", True
 
     def load(self) -> Any:
         return _first_module(("tensorrt",), "TensorRT is not installed: pip install tensorrt")
@@ -70,7 +76,13 @@ class TensorRT(Flavour):
         return (here,)
 
     def aim(self, config: Any, targets: Sequence[str]) -> None:
-        pass
+        if any(target.endswith("+") for target in targets):
+            config.hardware_compatibility_level = self.load().HardwareCompatibilityLevel.AMPERE_PLUS
+
+    def widened(self, targets: Sequence[str]) -> tuple[str, ...]:
+        if older := [target for target in targets if _number(target) < _AMPERE]:
+            raise TargetError(f"an engine for other GPUs is built on Ampere (sm80) or a later one, not on {older[0]}")
+        return (f"sm{_AMPERE}+",)
 
 
 class TensorRTRTX(Flavour):
@@ -79,7 +91,7 @@ class TensorRTRTX(Flavour):
     For Turing (sm75) release 1.7 has no float32 matrix products, which every network here has some of.
     """
 
-    name = "rtx"
+    name, times_kernels = "rtx", False  # it chooses them where the engine first runs
 
     def load(self) -> Any:
         _name_for_the_parser()
@@ -102,6 +114,13 @@ class TensorRTRTX(Flavour):
         for index, target in enumerate(targets):
             config.set_compute_capability(capabilities.__members__[target.upper()], index)
 
+    def widened(self, targets: Sequence[str]) -> tuple[str, ...]:
+        raise TargetError(
+            f"TensorRT-RTX builds for the targets named, here {', '.join(targets)}, and has no hardware compatibility"
+        )
+
+
+_AMPERE = 80
 
 FLAVOURS: dict[str, Flavour] = {flavour.name: flavour for flavour in (TensorRT(), TensorRTRTX())}
 """By the name that commands, manifests and engine files use."""

@@ -1,6 +1,7 @@
 """The precision a network computes in, set in PyTorch before the trace: TensorRT 11 and RTX take it from the graph."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models import DeformableDetr
 from models.attention import SelfAttention
@@ -10,9 +11,9 @@ def to_half(model: DeformableDetr) -> None:
     """Let the network, in place, compute in float16 where that is harmless; what it takes and returns stays float32.
 
     In float16: convolutions, linear layers, the queries' self-attention, and what they hand on, so the op's values,
-    offsets and logits. In float32: norms inside, positions, reference points, and the heads, whose boxes and scores
-    would lose their last digits. The convolutions' weights stay float32 until the graph's constants are folded, so
-    that batch norms can still be folded into them.
+    offsets and logits. In float32: norms and softmax inside, positions, reference points, and the heads, whose boxes
+    and scores would lose their last digits. The convolutions' weights stay float32 until the graph's constants are
+    folded, so that batch norms can still be folded into them.
     """
     transformer = model.transformer
     precise = [model.class_embed, model.bbox_embed, getattr(transformer, "reference_points", None)]
@@ -55,8 +56,21 @@ class _GroupNormToHalf(nn.GroupNorm):
 
 
 class _HalfSelfAttention(SelfAttention):
+    """Products in half, and the softmax between them in float32."""
+
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
-        return super().forward(x.half(), position.half(), blocked)
+        x, c = x.half(), x.shape[-1]
+        query, key = F.linear(x + position.half(), self.in_proj_weight[: 2 * c], self.in_proj_bias[: 2 * c]).chunk(
+            2, dim=-1
+        )
+        value = F.linear(x, self.in_proj_weight[2 * c :], self.in_proj_bias[2 * c :])
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))  # [N, M, Q, D]
+        logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).float()  # [N, M, Q, Q]
+        if blocked is not None:
+            logits = logits.masked_fill(blocked, float("-inf"))
+        attended = logits.softmax(dim=-1).half() @ v
+        output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return output
 
 
 _HALF: dict[type[nn.Module], type[nn.Module]] = {

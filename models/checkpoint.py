@@ -39,9 +39,22 @@ def save_checkpoint(model: DeformableDetr, path: str | Path) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, fresh, metadata=metadata)
+        _sort_metadata(fresh)
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata, which safetensors writes in a random order, in one order: the same network, the same file."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(content) <= length:  # it always is: the same words, escaped alike
+            file.seek(8)
+            file.write(content.ljust(length))
 
 
 def load_checkpoint(path: str | Path, variant: str | None = None) -> DeformableDetr:

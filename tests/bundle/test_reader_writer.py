@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -173,6 +174,27 @@ def test_engines_are_checked_and_found(tmp_path: Path) -> None:
     assert find_engine(bundle, "rtx", "sm86") == engine
     with pytest.raises(EngineMismatch, match=r"no engine for rtx-sm90-fp16; it has rtx-sm86-fp16\.engine"):
         find_engine(bundle, "rtx", "sm90", "fp16")
+
+
+def test_the_engine_for_the_fewest_others_is_found(tmp_path: Path) -> None:
+    def engine(arch: str, *targets: str) -> tuple[EngineRecord, bytes]:
+        content = arch.encode()
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"tensorrt-{arch}-fp16.engine"
+        return EngineRecord(
+            file=name, flavour="tensorrt", arch=arch, precision="fp16", sha256=digest, targets=targets
+        ), content
+
+    engines = [engine("sm80+", "sm80+"), engine("sm86-sm89", "sm86", "sm89"), engine("sm86")]
+    manifest = MANIFEST.model_copy(update={"engines": tuple(record for record, _ in engines)})
+    files = {record.file: content for record, content in engines}
+    bundle = write_bundle(tmp_path / "b", manifest, {"model.onnx": b"graph", **files})
+    found = {arch: find_engine(bundle, "tensorrt", arch).arch for arch in ("sm80", "sm86", "sm89", "sm120")}
+    assert found == {"sm80": "sm80+", "sm86": "sm86", "sm89": "sm86-sm89", "sm120": "sm80+"}
+    with pytest.raises(EngineMismatch, match="no engine for tensorrt-sm75"):
+        find_engine(bundle, "tensorrt", "sm75")
+    with pytest.raises(EngineMismatch, match="no engine for rtx-sm86"):
+        find_engine(bundle, "rtx", "sm86")
 
 
 def test_embedded_bundle_is_found_without_importing_torch() -> None:
