@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ import pytest
 
 import export.build_errors
 import export.engine_bundle
+import export.flavour
+import export.onnx_export
 import plugins
 from bundle import Bundle, EngineMismatch, HashMismatch, find_engine, read_bundle, write_bundle
 from export.build import PLUGIN_LAYER, LayerReport, NotBuilt, NotParsed, PluginMissing
@@ -30,6 +34,7 @@ from export.trt_build import main
 from export.verify import Answers
 from models import save_checkpoint
 from tests.conftest import has_gpu
+from tests.export.conftest import Exported
 from tests.export.small import CANVASES, build, small
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +65,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(rtx: None, weights: Path) -> Built:
+def built(rtx: None, weights: Path, exported: Callable[[str], Exported]) -> Built:
     request = Request(
         weights,
         weights.parent / "cells",
@@ -72,7 +77,11 @@ def built(rtx: None, weights: Path) -> Built:
         with_checkpoint=True,
     )
     said: list[str] = []
-    return Built(request, build_engine(request, said.append), said)
+    proto = exported("r50").proto()
+    with pytest.MonkeyPatch.context() as patch:
+        # The bundle's graph is the one that other tests have traced of this network: tracing takes seconds.
+        patch.setattr(export.onnx_export, "trace", lambda model, *, for_cpu: proto)
+        return Built(request, build_engine(request, said.append), said)
 
 
 def steps_done(said: list[str]) -> dict[str, str]:
@@ -237,6 +246,24 @@ def test_a_full_disk_is_known_before_the_build(
     assert "has 1 MiB free" in error
     assert "free some, or give --output and --work on another disk" in error
     assert not (tmp_path / "b").exists()
+
+
+def test_tensorrt_builds_for_later_gpus_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the package, which is not on this project's machines."""
+    levels = SimpleNamespace(AMPERE_PLUS="later, too")
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(HardwareCompatibilityLevel=levels))
+    monkeypatch.setattr(export.flavour, "gpu_architecture", lambda: "sm86")
+    tensorrt, config = FLAVOURS["tensorrt"], SimpleNamespace()
+    assert tensorrt.targets(()) == ("sm86",)
+    tensorrt.aim(config, ("sm86",))
+    assert not vars(config)
+    assert tensorrt.widened(("sm86",)) == ("sm80+",)
+    tensorrt.aim(config, ("sm80+",))
+    assert config.hardware_compatibility_level == "later, too"
+    with pytest.raises(TargetError, match="on Ampere .sm80. or a later one, not on sm75"):
+        tensorrt.widened(("sm75",))
+    with pytest.raises(TargetError, match="here sm86, sm89, and has no hardware compatibility"):
+        FLAVOURS["rtx"].widened(("sm86", "sm89"))
 
 
 @pytest.mark.parametrize(
