@@ -13,7 +13,7 @@ LARGE_BYTES = 4 << 20
 canvases are, is kept, because fresh pages cost as much as a resize."""
 
 _KEPT_BYTES = 64 << 20
-_ARENAS = 4
+_ARENAS = 2
 
 
 def tame_malloc() -> None:
