@@ -68,6 +68,8 @@ def build_engine(request: Request, say: Say = lambda _: None) -> Bundle:
     Raises what the steps raise: FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError,
     BuildError, Occupied, OSError.
     """
+    if not request.checkpoint.exists():
+        raise FileNotFoundError(f"no checkpoint at {request.checkpoint}")
     source = read_bundle(request.checkpoint) if _is_bundle(request.checkpoint) else None
     if source is None and request.output is None:
         raise ExportError("--output is needed: --checkpoint is no bundle to add an engine to")
@@ -282,7 +284,10 @@ class _Build:
         return self.step("build", inputs, work, [self.engine_file], of=self.engine_file)
 
     def check(self, graph: dict[str, Any], built: dict[str, Any]) -> None:
-        """The report of the network that the engine was built of, and the plugin's name in the engine's bytes."""
+        """The report of the network that the engine was built of, and the plugin's name in the engine's bytes.
+
+        TensorRT's own inspector of a finished engine is not asked: it loads the engine, which takes its GPU.
+        """
         path = self.step.folder / self.engine_file
 
         def work() -> dict[str, Any]:
@@ -358,8 +363,6 @@ def _is_bundle(path: Path) -> bool:
 
 def _fingerprint(path: Path) -> str:
     """Hashes of a checkpoint's file, or of all files in its folder."""
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     return " ".join(f"{file.name} {sha256_of(file)}" for file in files)
 

@@ -374,11 +374,12 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"output": None}, "--output is needed"),
+        ({"checkpoint": Path("nowhere.pth")}, r"no checkpoint at nowhere\.pth"),
         ({"typical_batch_size": 9}, r"typical batch size 9 is not in 1\.\.8"),
     ],
 )
 def test_what_is_asked_is_checked_first(weights: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         build_engine(replace(Request(weights, tmp_path / "b"), **change))
 
 
