@@ -116,7 +116,9 @@ def test_serving_verbs_work_without_torch(verb: str) -> None:
     assert f"ddetr {verb}" in done.stdout
 
 
-@pytest.mark.parametrize(("verb", "extra"), [("export", "export"), ("train", "train"), ("evaluate", "train")])
+@pytest.mark.parametrize(
+    ("verb", "extra"), [("export", "export"), ("build", "export"), ("train", "train"), ("evaluate", "train")]
+)
 def test_other_verbs_name_the_extra_they_need(verb: str, extra: str) -> None:
     done = run_on_serving_host(f"from cli.main import main; sys.exit(main([{verb!r}, '--help']))")
     assert done.returncode == 2
