@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.local_server import local_server
 from benchmarks.machine import machine
+from loadtest.server_process import serving
 from models import load_checkpoint
 from training.average_precision import AveragePrecision, Detection, average_precision
 from training.coco import CocoSplit, read_split
@@ -51,8 +51,8 @@ def main() -> int:
     parser.add_argument("--split", default="val")
     args = parser.parse_args()
     split = read_split(args.data, args.split)
-    with local_server(args.bundle) as url:
-        served = average_precision(split.annotations, detections_over_http(url, split))
+    with serving(["--bundle", str(args.bundle)]) as server:
+        served = average_precision(split.annotations, detections_over_http(server.url, split))
     model = load_checkpoint(args.bundle / "model.safetensors")
     trained: AveragePrecision = evaluate(model, split, torch.device("cpu"), progress=True)
     print(machine())

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.local_server import local_server
-from bundle import embedded_bundle
+from loadtest.server_process import serving
 
 MOST_BYTES = 300_000
 DESKTOP = {"viewport": {"width": 1280, "height": 860}, "device_scale_factor": 1.5}
@@ -38,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no chromium, chromium-browser or google-chrome on PATH: apt-get install chromium", file=sys.stderr)
         return 1
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with local_server(embedded_bundle()) as url:
-        for name, picture in photograph(url, chromium).items():
+    with serving([]) as server:
+        for name, picture in photograph(server.url, chromium).items():
             path = arguments.output / f"{name}.webp"
             content = webp(picture)
             path.write_bytes(content)

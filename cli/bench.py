@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from bundle import BundleError
 from cli.handover import EXIT_MISSING_EXTRA, say_missing_extra
-from cli.main import installed_version
 from cli.serve import read_settings
+from server.version import version
 
 if TYPE_CHECKING:
     from loadtest.client import Target
@@ -263,7 +263,7 @@ def _bench(
     server, outcome = _test(job, host)
     report = Report(
         kind=outcome.kind,
-        ddetr_version=installed_version(),
+        ddetr_version=version(),
         started_at=started_at,
         command=tuple(command),
         host=host,

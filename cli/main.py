@@ -7,8 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol, cast
+
+from server.version import version
 
 USAGE = 2  # argparse's
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    root.add_argument("--version", action="version", version=f"ddetr {installed_version()}")
+    root.add_argument("--version", action="version", version=f"ddetr {version()}")
     root.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
     root.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return root
@@ -78,14 +79,6 @@ def parser() -> argparse.ArgumentParser:
 def load(verb: str) -> Verb:
     """The module of a verb. The import is late so that `ddetr serve` runs on a host without torch."""
     return cast(Verb, importlib.import_module(f"cli.{verb}"))
-
-
-def installed_version() -> str:
-    """The version pip installed, or `unknown` in a bare checkout."""
-    try:
-        return version("ddetr")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bundle import read_bundle
 from server.decode import decode_pixels
-from server.engine import Engine, open_engines, run_engine
+from server.engine import Engine, run_engine
+from server.engine import open_engine as open_one
 from server.errors import EngineFailed, ImageError
 from server.headers import read_header
 from server.options import DetectOptions, category_ids
@@ -30,7 +31,7 @@ class FileOutcome:
 
 def open_engine(settings: Settings) -> Engine:
     """The engine for the settings' bundle. Raises BundleError or StartupError."""
-    return open_engines(settings.model_copy(update={"engine_instances": 1}), read_bundle(settings.bundle))[0]
+    return open_one(settings.model_copy(update={"engine_instances": 1}), read_bundle(settings.bundle))
 
 
 def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_image_pixels: int) -> ImageAnswer:

@@ -74,11 +74,6 @@ def run_engine(engine: Engine, images: Sequence[Pixels], canvas: Canvas) -> RawD
     return raw
 
 
-def open_engines(settings: Settings, bundle: Bundle) -> list[Engine]:
-    """The engines that the settings ask for. Raises StartupError, see `open_engine`."""
-    return [open_engine(settings, bundle) for _ in range(settings.engine_instances)]
-
-
 def open_engine(settings: Settings, bundle: Bundle) -> Engine:
     """One engine of the kind that the settings ask for: `auto` takes the first that this machine and bundle have.
 

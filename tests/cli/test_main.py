@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from bundle import BundleError
-from cli import main as command
 from cli.handover import hand_over
 from cli.main import INTERRUPTED, VERBS, main
+from server.version import version
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: object) -> None:
@@ -51,12 +52,18 @@ def test_interrupt_has_the_shell_s_status(monkeypatch: pytest.MonkeyPatch) -> No
     assert main(["train"]) == INTERRUPTED
 
 
-def test_version_without_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_without_an_installation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def nothing_installed(name: str) -> str:
-        raise command.PackageNotFoundError(name)
+        raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(command, "version", nothing_installed)
-    assert command.installed_version() == "unknown"
+    monkeypatch.setattr(metadata, "version", nothing_installed)
+    version.cache_clear()
+    try:
+        with pytest.raises(SystemExit):
+            main(["--version"])
+        assert capsys.readouterr().out == "ddetr unknown\n"
+    finally:
+        version.cache_clear()
 
 
 def test_handed_over_command_speaks_under_the_verb_s_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -7,7 +8,8 @@ from onnx import TensorProto, helper
 
 import plugins
 from bundle import Bundle, Canvas, write_bundle
-from server.engine import RawDetections, open_engines, run_engine
+from server.app import create_app
+from server.engine import Engine, RawDetections, open_engine, run_engine
 from server.errors import StartupError
 from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.preprocess import Pixels
@@ -57,8 +59,22 @@ def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
     assert engine.manifest == MANIFEST.model_copy(update={"hashes": engine.manifest.hashes})
 
 
-def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
-    engines = open_engines(Settings(bundle=tiny_bundle.path, engine_instances=2), tiny_bundle)
+def opened_by_an_app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    opened: list[Engine] = []
+
+    def noted(*arguments: Any) -> Engine:
+        opened.append(open_engine(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr("server.app.open_engine", noted)
+    create_app(settings)
+    return opened
+
+
+def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(bundle=tiny_bundle.path, engine_instances=2)
+    engines = opened_by_an_app(settings, monkeypatch)
+    assert len(engines) == 2
     assert len({id(each) for each in engines}) == 2
     for each in engines:
         assert len(run_engine(each, [image(1, 64, 64)], WIDE).boxes) == 1
@@ -67,13 +83,13 @@ def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
 
 def test_what_cannot_be_opened_says_why(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="tensorrt"):
-        open_engines(Settings(bundle=tiny_bundle.path, engine="tensorrt"), tiny_bundle)
+        open_engine(Settings(bundle=tiny_bundle.path, engine="tensorrt"), tiny_bundle)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(StartupError, match="'cuda:3': this ONNX Runtime has no CUDA, only CPU"):
-        open_engines(Settings(bundle=tiny_bundle.path, device="cuda:3"), tiny_bundle)
+        open_engine(Settings(bundle=tiny_bundle.path, device="cuda:3"), tiny_bundle)
     broken = write_bundle(tmp_path / "broken", MANIFEST, {"model.onnx": b"not a graph"})
     with pytest.raises(StartupError, match=r"cannot load .*model\.onnx"):
-        open_engines(Settings(bundle=broken.path), broken)
+        open_engine(Settings(bundle=broken.path), broken)
 
 
 def test_a_graph_with_other_inputs_is_refused(tmp_path: Path) -> None:
@@ -86,7 +102,7 @@ def test_a_graph_with_other_inputs_is_refused(tmp_path: Path) -> None:
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     bundle = write_bundle(tmp_path / "other", MANIFEST, {"model.onnx": model.SerializeToString()})
     with pytest.raises(StartupError, match=r"inputs \['pixels'\] and outputs \['boxes'\]; a served graph has"):
-        open_engines(Settings(bundle=bundle.path), bundle)
+        open_engine(Settings(bundle=bundle.path), bundle)
 
 
 def test_a_library_that_cannot_be_loaded_is_named(
@@ -96,7 +112,7 @@ def test_a_library_that_cannot_be_loaded_is_named(
     library.write_bytes(b"not a library")
     monkeypatch.setattr("plugins.onnxruntime_library", lambda: library)
     with pytest.raises(StartupError, match=r"refuses .*libother\.so"):
-        open_engines(Settings(bundle=tiny_bundle.path), tiny_bundle)
+        open_engine(Settings(bundle=tiny_bundle.path), tiny_bundle)
 
 
 def test_without_the_library_the_function_answers(
