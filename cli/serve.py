@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,6 +37,8 @@ example:
 def run(argv: Sequence[str]) -> int:
     """Serve until SIGTERM or SIGINT; 0 after a clean drain."""
     settings = read_settings(argv)
+    for line in strangers(os.environ):
+        print(f"ddetr serve: {line}", file=sys.stderr)
     from server.run import serve  # the engine and the web stack: not needed for --help or to refuse a flag
 
     try:
@@ -67,7 +71,9 @@ def read_settings(argv: Sequence[str]) -> Settings:
     try:
         return CliApp.run(Settings, cli_args=list(argv), cli_settings_source=source)
     except ValidationError as error:
-        parser.error("; ".join(refusal(details["loc"], details["msg"], details["input"]) for details in error.errors()))
+        parser.error(
+            "; ".join(refusal(each["type"], each["loc"], each["msg"], each["input"]) for each in error.errors())
+        )
     except SettingsError as error:
         parser.error(str(error))
 
@@ -80,16 +86,28 @@ def add_flag(group: argparse._ActionsContainer, *names: str, **options: Any) -> 
     elif metavar in METAVARS:
         options["metavar"] = METAVARS[metavar]
     if options.get("help"):
-        options["help"] = re.sub(
-            r"default factory: (\w+)", lambda found: "default: " + found[1].replace("_", " "), options["help"]
-        )
+        text = re.sub(r"default factory: (\w+)", lambda made: f"default: {made[1].replace('_', ' ')}", options["help"])
+        options["help"] = text.replace("(default: ())", "(default: none)")
     return group.add_argument(*names, **options)
 
 
-def refusal(location: tuple[int | str, ...], message: str, given: object) -> str:
+def refusal(kind: str, location: tuple[int | str, ...], message: str, given: object) -> str:
     """`--port: Input should be less than 65536, not '70000'`, without the value where that is a secret."""
     if not location:
         return message
     name = str(location[0])
+    if kind == "string_pattern_mismatch":  # the words that explain the setting say more than its pattern
+        message = f"expected {Settings.model_fields[name].description}"
     shown = "" if "key" in name else f", not {given!r}"
     return f"--{name.replace('_', '-')}: {message}{shown}"
+
+
+def strangers(variables: Iterable[str]) -> list[str]:
+    """A line for each variable that looks like a setting's and is none; it may be misspelt."""
+    known = [f"DDETR_{name.upper()}" for name in Settings.model_fields]
+    lines = []
+    for variable in sorted(variables):
+        if variable.upper().startswith("DDETR_") and variable.upper() not in known:
+            near = difflib.get_close_matches(variable.upper(), known, n=1)
+            lines.append(f"{variable} is no setting{f'; {near[0]} is' if near else ''}")
+    return lines

@@ -1,5 +1,6 @@
 """How the C library keeps freed memory: tuned for large blocks of changing sizes that come and go in many threads."""
 
+import asyncio
 import ctypes
 import logging
 
@@ -14,6 +15,7 @@ canvases are, is kept, because fresh pages cost as much as a resize."""
 
 _KEPT_BYTES = 64 << 20
 _ARENAS = 2
+_GIVE_BACK_EVERY_S = 10.0
 
 
 def tame_malloc() -> None:
@@ -28,3 +30,18 @@ def tame_malloc() -> None:
     options = {_MMAP_THRESHOLD: LARGE_BYTES, _TRIM_THRESHOLD: _KEPT_BYTES, _ARENA_MAX: _ARENAS}
     if not all(mallopt(option, value) for option, value in options.items()):
         logger.debug("the C library takes no options of its allocator")
+
+
+async def give_back_regularly(every_s: float = _GIVE_BACK_EVERY_S) -> None:
+    """Until cancelled: hand freed memory back from time to time, so that what a busy hour left behind does not stay."""
+    while True:
+        await asyncio.sleep(every_s)
+        await asyncio.to_thread(give_back)
+
+
+def give_back() -> None:
+    """Hand the pages of freed blocks to the kernel, those between blocks in use, too. Does nothing without glibc."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return

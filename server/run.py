@@ -1,5 +1,6 @@
 """Serves the application until it is told to stop: `ddetr serve`."""
 
+import asyncio
 import gc
 import logging
 import math
@@ -15,7 +16,7 @@ from server.connection import Connection
 from server.engine import Engine, OpenEngine
 from server.errors import StartupError
 from server.logs import close_log, open_log
-from server.malloc import tame_malloc
+from server.malloc import give_back_regularly, tame_malloc
 from server.service import Service
 from server.settings import Settings
 
@@ -73,6 +74,7 @@ class _DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._giving_back: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """What is there when the first request comes stays: the collector need not look at it again and again.
@@ -83,10 +85,17 @@ class _DrainingServer(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS)
+        self._giving_back = asyncio.create_task(give_back_regularly())
         if self.started:
             for listener in sockets or ():
                 host, port = listener.getsockname()[:2]
                 logger.info("running on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does it, and nothing is left running beside it."""
+        if self._giving_back is not None:
+            self._giving_back.cancel()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         logger.info("%s: finishing %d images", signal.Signals(sig).name, self._service.admission.unanswered)

@@ -103,3 +103,28 @@ def test_what_cannot_be_served_is_one_line(
     monkeypatch.setitem(sys.modules, "server.run", module)
     assert main(["serve", "--bundle", "/nowhere"]) == 1
     assert capsys.readouterr().err == "ddetr serve: /nowhere: no such folder\n"
+
+
+def test_a_refused_device_is_told_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["--device", "foo"], capsys)
+    field = Settings.model_fields["device"]
+    assert f"--device: expected {field.description}, not 'foo'" in message
+    assert "^" not in message
+
+
+def test_help_shows_no_python(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--help"])
+    assert "()" not in capsys.readouterr().out
+
+
+def test_a_misspelt_variable_is_told_before_serving(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DDETR_BUNDEL", "/bundles/r50")
+    monkeypatch.setenv("ddetr_port", "9000")
+    run = ModuleType("server.run")
+    run.serve = lambda _: 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "server.run", run)
+    assert main(["serve"]) == 0
+    assert capsys.readouterr().err == "ddetr serve: DDETR_BUNDEL is no setting; DDETR_BUNDLE is\n"
