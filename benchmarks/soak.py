@@ -4,10 +4,12 @@ python -m benchmarks.soak --plot soak.png
 python -m benchmarks.soak --requests 2000
 
 Pictures from 48x64 to 3000x2000 in all five formats, one and several a request, as files, forms and JSON, with answers
-as JSON, COCO and pictures; one in twenty is broken, and one in fifty is given up by its client. The first fifth of the
-requests is the warm-up. What counts is the line through the resident memory after it, in KB per 1000 requests, beside
-how far the samples lie from that line; open files and threads are counted at both ends. Asked: no growth: a line that
-rises by less than 1 MB over all requests, or by less than its own uncertainty (twice its standard error).
+as JSON, COCO and pictures; one in twenty is broken, and one in fifty is given up by its client. After each five
+hundred all clients rest, until the server has given back what it does not use, and its memory then is what counts: how
+much it takes at work depends on which pictures are inside at the moment. The first fifth of the requests is the
+warm-up; through the rests after it goes a line, in KB per 1000 requests. Open files and threads are counted at both
+ends. Asked: no growth: a line that rises by less than 1 MB over all requests, or by less than its own uncertainty
+(twice its standard error).
 """
 
 import argparse
@@ -37,8 +39,9 @@ from loadtest.server_process import serving
 from samples import draw_smear
 
 WARM_SHARE = 0.2
-SAMPLES = 400
-"""Over the whole run."""
+REST_EVERY, REST_S = 500, 12.0  # the server gives memory back every 10 s
+SAMPLES_A_ROUND = 10
+"""At work, for the plot."""
 FLAT_KB = 1024.0
 SIZES = ((64, 48), (320, 240), (480, 640), (640, 480), (640, 480), (640, 480), (1024, 768), (1600, 1200), (3000, 2000))
 """Width and height of the pictures; most are ordinary."""
@@ -63,6 +66,7 @@ class Sample:
 
     requests: int  # answered so far
     resident_kb: float
+    resting: bool
 
 
 def picture_file(rng: random.Random, size: tuple[int, int]) -> tuple[bytes, str]:
@@ -122,25 +126,26 @@ async def soak(
     rng = random.Random(seed)
     answers: Counter[str] = Counter()
     samples: list[Sample] = []
-    every = max(1, requests // SAMPLES)
     begun = ended = 0
-    started_s = time.monotonic()
 
-    async def client(session: aiohttp.ClientSession) -> None:
+    async def client(session: aiohttp.ClientSession, until: int) -> None:
         nonlocal begun, ended
-        while begun < requests:
+        while begun < until:
             number, post = begun, rng.choice(kinds)
             begun += 1
             answers[await send(session, url, post, given_up=number % GIVEN_UP_EVERY == GIVEN_UP_EVERY - 1)] += 1
             ended += 1
-            if ended % every == 0:
-                samples.append(Sample(ended, resident_kb(pid)))
-            if ended % (20 * every) == 0:
-                rate = ended / (time.monotonic() - started_s)
-                print(f"{ended:>7} requests, {samples[-1].resident_kb / 1024:.1f} MB, {rate:.1f}/s", flush=True)
+            if ended % (REST_EVERY // SAMPLES_A_ROUND) == 0:
+                samples.append(Sample(ended, resident_kb(pid), resting=False))
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4)) as session:
-        await asyncio.gather(*(client(session) for _ in range(clients)))
+        while ended < requests:
+            started_s, until = time.monotonic(), min(ended + REST_EVERY, requests)
+            await asyncio.gather(*(client(session, until) for _ in range(clients)))
+            rate = REST_EVERY / (time.monotonic() - started_s)
+            await asyncio.sleep(REST_S)
+            samples.append(Sample(ended, resident_kb(pid), resting=True))
+            print(f"{ended:>7} requests, {samples[-1].resident_kb / 1024:.1f} MB at rest, {rate:.1f}/s", flush=True)
     return samples, answers
 
 
@@ -180,7 +185,7 @@ def growth(samples: Sequence[Sample]) -> Growth:
     y = np.array([sample.resident_kb for sample in samples])
     slope, intercept = np.polyfit(x, y, 1)
     residual = y - (slope * x + intercept)
-    scatter = float(residual.std())
+    scatter = float(residual.std(ddof=2)) if len(x) > 2 else 0.0
     # Memory is what it was a moment ago: the effective number of samples is smaller by their correlation.
     correlation = float((residual[1:] * residual[:-1]).mean() / residual.var()) if scatter else 0.0
     correlation = min(max(correlation, 0.0), 0.99)
@@ -202,10 +207,16 @@ def plot(samples: Sequence[Sample], warm: int, found: Growth, path: Path) -> Non
     figure = Figure(figsize=(9.0, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    requests = [sample.requests for sample in samples]
-    axes.plot(requests, [sample.resident_kb / 1024 for sample in samples], color="#33658a", linewidth=1)
+    resting = [sample for sample in samples if sample.resting]
+    working = [sample for sample in samples if not sample.resting]
+    for some, style in (
+        (working, {"color": "#9fb8cc"}),
+        (resting, {"color": "#33658a", "marker": "o", "markersize": 3}),
+    ):
+        name = "at rest" if some is resting else "at work"
+        axes.plot([s.requests for s in some], [s.resident_kb / 1024 for s in some], linewidth=1, label=name, **style)
     axes.axvspan(0, warm, color="#eeeeee", label="warm-up")
-    after = [sample for sample in samples if sample.requests > warm]
+    after = [sample for sample in resting if sample.requests > warm]
     middle_x = sum(sample.requests for sample in after) / len(after)
     middle_y = sum(sample.resident_kb for sample in after) / len(after)
     ends = (after[0].requests, after[-1].requests)
@@ -223,7 +234,7 @@ def main() -> int:
     """Print the figures and draw them; exit 1 when memory grew, or requests failed that should not have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=embedded_bundle())
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=20_000, help=f"at least {10 * REST_EVERY} say something")
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path)
@@ -236,17 +247,18 @@ def main() -> int:
         time.sleep(6)  # past uvicorn's 5 s: connections that idle are closed
         after = open_files_and_threads(process.pid)
     warm = int(WARM_SHARE * args.requests)
-    found = growth([sample for sample in samples if sample.requests > warm])
+    resting = [sample for sample in samples if sample.resting]
+    found = growth([sample for sample in resting if sample.requests > warm])
     print(f"answers: {', '.join(f'{name}: {number}' for name, number in sorted(answers.items()))}")
     print(f"open files {before[0]} before, {after[0]} after; threads {before[1]} before, {after[1]} after")
     print(
-        f"resident MB: {samples[0].resident_kb / 1024:.1f} at the first sample, {found.start_kb / 1024:.1f} after the "
-        f"warm-up, {found.end_kb / 1024:.1f} at the end"
+        f"resident MB at rest: {resting[0].resident_kb / 1024:.1f} at first, {found.start_kb / 1024:.1f} after the "
+        f"warm-up, {found.end_kb / 1024:.1f} at the end; most at work {max(s.resident_kb for s in samples) / 1024:.1f}"
     )
     total_kb = found.slope_kb * found.requests / 1e3
     print(
         f"growth after the warm-up: {found.slope_kb:+.1f} KB per 1000 requests (standard error {found.error_kb:.1f}), "
-        f"{total_kb:+.0f} KB over {found.requests}; samples scatter by {found.scatter_kb:.0f} KB"
+        f"{total_kb:+.0f} KB over {found.requests}; rests scatter by {found.scatter_kb:.0f} KB"
     )
     if args.plot is not None:
         plot(samples, warm, found, args.plot)
