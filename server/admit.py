@@ -74,6 +74,11 @@ class Admission:
         self._images_a_request = 1.0
         self._readers: dict[Ticket, asyncio.Timeout] = {}
 
+    def use(self, estimate: Estimate) -> None:
+        """Predict by another estimate from now on: another bundle is in service."""
+        self._estimate = estimate
+        self._line.use(estimate)
+
     @property
     def waiting(self) -> int:
         """Images admitted and not yet with an engine."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.telemetry import TelemetryConfig
@@ -20,6 +21,7 @@ from server.metrics_port import listening
 from server.observe import Observe
 from server.page import build_page_router
 from server.routes import build_metrics_router, build_router, error_response, http_error_response
+from server.served import Opened
 from server.service import Service
 from server.settings import Settings
 from server.trace import Tracing, open_tracing
@@ -41,8 +43,7 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
-    engines, reopen = _engines(settings, engine)
-    service = Service(settings, engines, metrics, reopen=reopen)
+    service = Service(settings, _opened(settings, engine), metrics)
 
     tracing = open_tracing(version())
     metrics_router = build_metrics_router(metrics)
@@ -71,7 +72,7 @@ def create_app(
         telemetry=_NO_TELEMETRY,
         title="ddetr",
         description="Deformable DETR over HTTP: images in, boxes, classes and scores out.",
-        version=service.manifest.model.version,
+        version=service.served.manifest.model.version,
         lifespan=lifespan,
     )
     app.state.service = service
@@ -108,20 +109,23 @@ def _dress(
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 
-def _engines(
-    settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None
-) -> tuple[Sequence[Engine], OpenEngine | None]:
-    """The engines, and what opens one more."""
-    if isinstance(engine, Sequence):
-        return engine, None
-    if engine is not None and not callable(engine):
-        return [engine], None
+def _opened(settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None) -> Opened:
+    """The engines to begin with."""
+    if engine is None:
+        try:
+            return open_bundle(settings, settings.bundle)
+        except BundleError as error:
+            raise StartupError(str(error)) from error
+    if callable(engine):
+        return Opened([engine() for _ in range(settings.engine_instances)], engine)
+    return Opened(engine if isinstance(engine, Sequence) else [engine])
 
-    def open_from_bundle() -> Engine:
-        return open_engine(settings, read_bundle(settings.bundle))
 
-    open_one = engine or open_from_bundle
-    try:
-        return [open_one() for _ in range(settings.engine_instances)], open_one
-    except BundleError as error:
-        raise StartupError(str(error)) from error
+def open_bundle(settings: Settings, path: Path) -> Opened:
+    """The settings' engines for the bundle in folder `path`. Raises BundleError or StartupError."""
+    path = path.resolve()  # what a link leads to later is another bundle
+
+    def open_one() -> Engine:
+        return open_engine(settings, read_bundle(path))
+
+    return Opened([open_one() for _ in range(settings.engine_instances)], open_one, path)

@@ -73,6 +73,16 @@ class Batcher:
         """Whether any engine does."""
         return any(lane.up for lane in self._lanes)
 
+    @property
+    def engine_name(self) -> str:
+        """What runs, and on what; of several kinds all."""
+        return "; ".join(dict.fromkeys(lane.engine_name for lane in self._lanes))
+
+    @property
+    def opening_failed(self) -> str | None:
+        """Why an engine that was lost could not be opened again, if that was tried in vain."""
+        return next((lane.opening_failed for lane in self._lanes if lane.opening_failed is not None), None)
+
     async def infer(
         self,
         image: PreparedImage,
@@ -128,13 +138,17 @@ class Batcher:
         """From now on batches leave because of the drain. Images are still taken: their requests are under way."""
         self._draining = True
 
-    async def close(self) -> None:
-        """Fail what is left (nothing, if all requests were waited for), and let the engines go."""
+    async def close(self, patience_s: float = 0.0) -> None:
+        """Fail what is left (nothing, if all requests were waited for), and let the engines go.
+
+        Waits for up to `patience_s` until they have given back what they hold.
+        """
         self._closed = True
         for entry in self._queue.drop_expired(float("inf")):
             fail(entry, self._stopping())
-        for lane in self._lanes:
-            lane.close()
+        closed = [lane.close() for lane in self._lanes]
+        if patience_s:
+            await asyncio.wait([asyncio.wrap_future(each) for each in closed], timeout=patience_s)
 
     @property
     def _busy(self) -> bool:
@@ -181,7 +195,7 @@ class Batcher:
         if all(lane.out_of_order is not None for lane in self._lanes):
             for entry in self._queue.drop_expired(float("inf")):
                 fail(entry, Unavailable("no engine is left", self._estimate.retry_after_s(self.waiting)))
-        elif all(lane.opening_failed or lane.out_of_order is not None for lane in self._lanes):
+        elif all(lane.opening_failed is not None or lane.out_of_order is not None for lane in self._lanes):
             for entry in self._queue.drop_retries():
                 fail(entry, EngineFailed("the engine was lost with this image and cannot be restarted"))
 

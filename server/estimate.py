@@ -26,6 +26,16 @@ class Estimate:
         self._decodes: deque[float] = deque(maxlen=_DECODES)
         self._shares: dict[Canvas, float] = {}
 
+    def take_over(self, other: "Estimate") -> None:
+        """Begin with what `other` knows of the pictures that come: how long they take to decode, and their canvases.
+
+        What a batch takes is this one's own, and so is which canvases there are.
+        """
+        self._decodes, self.decode_s = other._decodes.copy(), other.decode_s
+        shares = {canvas: share for canvas, share in other._shares.items() if canvas in self._typical}
+        total = sum(shares.values())
+        self._shares = {canvas: share / total for canvas, share in shares.items()}
+
     def observe(self, canvas: Canvas, images: int, seconds: float) -> None:
         """A batch of `images` images of `canvas` took `seconds` in one engine."""
         batches = self._batches.setdefault(canvas, deque(maxlen=_WINDOW))

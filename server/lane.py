@@ -79,7 +79,9 @@ class Lane:
     ) -> None:
         self.up = True
         self.out_of_order: str | None = None
-        self.opening_failed = False
+        self.opening_failed: str | None = None
+        """Why the engine could not be opened again, since that was last tried in vain."""
+        self.engine_name = engine.name
         self.got_on_s = clock()
         """When the engine last began or answered something, died or came back."""
         self._name = name
@@ -160,8 +162,8 @@ class Lane:
         elif self._opening is None and self.out_of_order is None and self._clock() >= self._open_at_s:
             self._open()
 
-    def close(self) -> None:
-        """Fail what is left, and let the engine go once its thread is free."""
+    def close(self) -> "Future[None]":
+        """Fail what is left, and let the engine go once its thread is free; the future is done then."""
         self.up = False
         self.out_of_order = "closed"
         runs, self._runs = self._runs, []
@@ -170,7 +172,7 @@ class Lane:
             run.work = None
             for entry in run.batch.entries:
                 fail(entry, EngineFailed("the engine was stopped"))
-        self._runner.close()
+        return self._runner.close()
 
     def _hear(self, run: _Run, report: Begun | Answered) -> None:
         if run not in self._runs:
@@ -276,7 +278,7 @@ class Lane:
         error = opening.exception()
         engine = self._runner.engine
         if error is None and engine is not None and engine.manifest != self._manifest:
-            error = ValueError("the bundle is another one than at the start; restart the server to serve it")
+            error = ValueError("the bundle is another one than it was when it was opened; swap to it, or restart")
         if error is not None:
             if self._reopen is not None:
                 self._closing = self._runner.close()
@@ -284,13 +286,14 @@ class Lane:
         else:
             logger.warning("%s works again", self._name)
             self.up = True
-            self.opening_failed = False
+            self.opening_failed = None
+            self.engine_name = engine.name if engine is not None else self.engine_name
             self.got_on_s = self._clock()
         self._changed()
 
     def _not_opened(self, error: BaseException) -> None:
-        logger.error("%s cannot be restarted yet: %s: %s", self._name, type(error).__name__, error)
-        self.opening_failed = True
+        self.opening_failed = f"{type(error).__name__}: {error}"
+        logger.error("%s cannot be restarted yet: %s", self._name, self.opening_failed)
         self._open_later()
 
 

@@ -43,6 +43,10 @@ class Line:
     def __len__(self) -> int:
         return self._counts.total()
 
+    def use(self, estimate: Estimate) -> None:
+        """Predict by another estimate from now on."""
+        self._estimate = estimate
+
     def waiting(self, priority: Priority | None = None) -> int:
         """Images not yet with an engine, of one lane or of both."""
         return sum(

@@ -19,6 +19,7 @@ from server.metrics import CONTENT_TYPE, Metrics
 from server.options import DetectOptions, category_ids, parse_options
 from server.respond import ImageAnswer, check_outcomes, coco_body, error_content, json_body
 from server.schema import DETECT_RESPONSES, METRICS_RESPONSES, MODEL_RESPONSES, HealthSchema, detect_request
+from server.served import Served
 from server.service import Service
 from server.timing import server_timing, slowest, until_answered
 
@@ -37,22 +38,23 @@ def build_router(service: Service) -> APIRouter:
         response_class=Response,
         responses=DETECT_RESPONSES,
         openapi_extra=detect_request(
-            service.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
+            service.served.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
         ),
     )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
         arrived_s: float = request.state.arrived_s
         options = parse_options(request.query_params.multi_items())
-        category_ids(options.classes, service.manifest.categories)  # unknown ones are refused before the body is read
+        served = service.served
+        category_ids(options.classes, served.manifest.categories)  # unknown ones are refused before the body is read
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
         check_media_type(request.headers)
         length = body_length(request.headers, settings.max_body_bytes)
         request.state.priority = priority(request.headers)
-        with service.admission.admit(deadline_s, request.state.priority, length) as ticket:
+        with served.used(), service.admission.admit(deadline_s, request.state.priority, length) as ticket:
             try:
                 async with asyncio.timeout(deadline_s - service.clock()):
-                    return await _detect(service, request, options, deadline_s, ticket)
+                    return await _detect(service, served, request, options, deadline_s, ticket)
             except TimeoutError as error:
                 service.metrics.images.labels(DeadlinePassed.code).inc(len(ticket.places))
                 taken_ms = (deadline_s - arrived_s) * 1e3
@@ -63,7 +65,7 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)
     async def model() -> Response:
-        content = service.manifest.model_dump(mode="json") | {"engine": service.engine_name}
+        content = service.served.manifest.model_dump(mode="json") | {"engine": service.served.engine_name}
         return _json(content)
 
     @router.get(
@@ -101,7 +103,7 @@ def build_metrics_router(metrics: Metrics) -> APIRouter:
 
 
 async def _detect(
-    service: Service, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
+    service: Service, served: Served, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
 ) -> Response:
     async with ticket.reading():
         body = await read_body(request.stream(), service.settings.max_body_bytes, ticket.received)
@@ -113,7 +115,7 @@ async def _detect(
     ticket.read([len(upload) if isinstance(upload, bytes) else 0 for upload in uploads], keep=to_draw is not None)
     arrived_s: float = request.state.arrived_s
     request.state.images = len(uploads)
-    work = service.detect(uploads, options, deadline_s, ticket, arrived_s)
+    work = service.detect(uploads, options, deadline_s, ticket, served, arrived_s)
     del uploads  # each is let go as soon as it is decoded
     outcomes = await _while_connected(request.receive, work)
     for outcome in outcomes:
@@ -128,9 +130,9 @@ async def _detect(
     if isinstance(first, ImageAnswer) and isinstance(to_draw, bytes):
         content, media_type = await service.draw(to_draw, first.detections), "image/png"
     elif options.format == "coco":
-        content = coco_body(outcomes, service.manifest.categories)
+        content = coco_body(outcomes, served.manifest.categories)
     else:
-        content = json_body(outcomes, service.manifest, options, request.state.request_id)
+        content = json_body(outcomes, served.manifest, options, request.state.request_id)
     answers = [outcome for outcome in outcomes if isinstance(outcome, ImageAnswer)]
     times = until_answered([answer.times for answer in answers], (service.clock() - arrived_s) * 1e3)
     for each in times:

@@ -10,23 +10,24 @@ from typing import Any, TypeVar
 from PIL import Image
 from starlette.datastructures import Headers
 
+from bundle import Manifest
 from server.admit import Admission, Limits, Ticket
-from server.batch_queue import BatchQueue, Priority
+from server.batch_queue import Priority
 from server.batcher import CHECK_EVERY_S, Batcher
 from server.body import split_images
 from server.decode import prepare_decoding
 from server.decoders import Decoders
 from server.draw import draw_detections, encode_png
-from server.engine import Engine, OpenEngine
 from server.errors import DeadlinePassed, ImageError, ServiceError
-from server.estimate import Estimate
 from server.line import Line, Place
+from server.malloc import give_back
 from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
 from server.postprocess import Detection, postprocess
 from server.preprocess import Pixels, PreparedImage, preprocess
 from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
+from server.served import Opened, Served
 from server.settings import Settings
 from server.timing import StageTimes
 
@@ -44,39 +45,30 @@ _QUEUED_BODIES = 4  # of the largest, where `max_queued_bytes` says nothing
 
 
 class Service:
-    """Serves one model. Start it in the event loop that it is used from."""
+    """Serves one bundle, and another one after `switch`. Start it in the event loop that it is used from."""
 
     def __init__(
         self,
         settings: Settings,
-        engines: Sequence[Engine],
+        opened: Opened,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
-        reopen: OpenEngine | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = metrics
         self.clock = clock
-        self.manifest = engines[0].manifest
-        self.engine_name = engines[0].name
-        self._estimate = Estimate(len(engines))
+        self.served = Served(opened, settings, metrics, clock)
+        """What new requests are answered by."""
+        self._beside: list[Served] = []  # what others may still be answered by, or again
         self._limits = Limits(
             images=settings.queue_limit,
             queued_bytes=settings.max_queued_bytes or _QUEUED_BODIES * settings.max_body_bytes,
             body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_ms / 1e3,
         )
-        line = Line(self._estimate, settings.max_batch_size, settings.decode_threads, clock)
-        self.admission = Admission(self._limits, line, self._estimate, settings.max_batch_size, clock)
-        self.batcher = Batcher(
-            engines,
-            BatchQueue(settings.max_batch_size, settings.max_delay_ms / 1e3),
-            self._estimate,
-            metrics,
-            clock,
-            reopen=reopen,
-            stall_timeout_s=settings.stall_timeout_ms / 1e3,
-        )
+        estimate = self.served.estimate
+        line = Line(estimate, settings.max_batch_size, settings.decode_threads, clock)
+        self.admission = Admission(self._limits, line, estimate, settings.max_batch_size, clock)
         self._watching: asyncio.Task[None] | None = None
         self._decoding = Progress(clock)
         prepare_decoding(settings.decode_threads)
@@ -89,8 +81,15 @@ class Service:
         )
         self._started = False
         self._start_lock = asyncio.Lock()
-        metrics.watch_queue(lambda: self.batcher.waiting, lambda: self.admission.held_bytes)
-        metrics.set_model(self.manifest, self.engine_name)
+        metrics.watch_queue(
+            lambda: sum(served.batcher.waiting for served in self._all_served()), lambda: self.admission.held_bytes
+        )
+        self._tell_model()
+
+    @property
+    def batcher(self) -> Batcher:
+        """Of the bundle in service."""
+        return self.served.batcher
 
     async def start(self) -> None:
         """Warm every engine on every canvas; the service is ready afterwards. A second call does nothing."""
@@ -98,29 +97,50 @@ class Service:
             if self._started:
                 return
             started_s = self.clock()
-            await self.batcher.warm()
+            await self.served.warm()
             self._watching = asyncio.create_task(self._watch())
             self._started = True
             logger.info(
                 "%s %s ready on %s: %d canvases warmed in %.1f s",
-                self.manifest.model.name,
-                self.manifest.model.version,
-                self.engine_name,
-                len(self.manifest.canvases),
+                self.served.manifest.model.name,
+                self.served.manifest.model.version,
+                self.served.engine_name,
+                len(self.served.manifest.canvases),
                 self.clock() - started_s,
             )
+
+    def switch(self, served: Served) -> Served:
+        """Answer new requests by `served`, which is warm, from now on. Returns what they were answered by so far.
+
+        That one stays as it is: requests under way finish there, and it can be switched back to until `retire`.
+        """
+        before, self.served = self.served, served
+        self._beside = [*(each for each in self._beside if each is not served), before]
+        served.estimate.take_over(before.estimate)
+        self.admission.use(served.estimate)
+        self._tell_model()
+        return before
+
+    async def retire(self, served: Served) -> None:
+        """Let a bundle go that no new request gets, once no request uses it, and its memory with it."""
+        await served.unused()
+        self._beside = [each for each in self._beside if each is not served]
+        await served.close()
+        await asyncio.to_thread(give_back)
 
     def drain(self) -> None:
         """Let nobody in any more; what was admitted is finished."""
         self.admission.draining = True
-        self.batcher.drain()
+        for served in self._all_served():
+            served.batcher.drain()
 
     async def stop(self) -> None:
         """Drain, and let everything go. Requests under way have ended, or are failed now."""
         self.drain()
         if self._watching is not None:
             self._watching.cancel()
-        await self.batcher.close()
+        for served in self._all_served():
+            await served.batcher.close()
         self._decoders.stop()
 
     def why_not_ready(self) -> str | None:
@@ -129,7 +149,10 @@ class Service:
             return "starting"
         if self.admission.draining:
             return "draining"
-        return None if self.batcher.works else "restarting the engine"
+        if self.batcher.works:
+            return None
+        why = self.batcher.opening_failed
+        return "restarting the engine" if why is None else f"restarting the engine; the last try failed: {why}"
 
     def trouble(self) -> str | None:
         """Why the process should be restarted unless this passes soon: a stage that does not get on. None if all do."""
@@ -143,25 +166,28 @@ class Service:
         options: DetectOptions,
         deadline_s: float,
         ticket: Ticket,
+        served: Served,
         arrived_s: float | None = None,
     ) -> list[Outcome]:
-        """The outcome of every upload, in their order. To give up, cancel. Raises BadParameter for unknown classes.
+        """The outcome of every upload, in their order, by the bundle that the request came to.
+
+        To give up, cancel. Raises BadParameter for unknown classes.
 
         An image's stage times lie end to end, from `arrived_s` (now, if not given) until its outcome is there.
         """
         admitted_s = self.clock()
         came_s = admitted_s if arrived_s is None else arrived_s
         await self.start()  # has happened already, unless the ASGI server knows no lifespan
-        wanted_ids = category_ids(options.classes, self.manifest.categories)
+        wanted_ids = category_ids(options.classes, served.manifest.categories)
 
         async def detect_one(upload: bytes | ImageError, place: Place) -> Outcome:
             try:
                 if isinstance(upload, ImageError):
                     raise upload
-                image = await self._prepare(upload, deadline_s, came_s, admitted_s)
+                image = await self._prepare(upload, served.manifest, deadline_s, came_s, admitted_s)
                 del upload
                 place.decoded(image.canvas)
-                inferred = await self.batcher.infer(image, deadline_s, place.dispatched, ticket.priority)
+                inferred = await served.infer(image, deadline_s, place.dispatched, ticket.priority)
             except ServiceError as error:
                 return error
             finally:
@@ -170,7 +196,7 @@ class Service:
                 inferred.raw,
                 image.width,
                 image.height,
-                self.manifest.categories,
+                served.manifest.categories,
                 threshold=options.threshold,
                 max_detections=options.max_detections,
                 wanted_ids=wanted_ids,
@@ -207,14 +233,16 @@ class Service:
         # Decoded a second time: to keep every picture until its answer is there would cost far more.
         return await self._decoders.decode(upload, draw, more_bytes_a_pixel=_DRAWING_BYTES)
 
-    async def _prepare(self, upload: bytes, deadline_s: float, arrived_s: float, admitted_s: float) -> PreparedImage:
+    async def _prepare(
+        self, upload: bytes, manifest: Manifest, deadline_s: float, arrived_s: float, admitted_s: float
+    ) -> PreparedImage:
         def check() -> None:
             if self.clock() >= deadline_s:
                 raise DeadlinePassed("the deadline passed before a thread was free to decode the image")
 
         def prepare(picture: Pixels) -> PreparedImage:
             decoded_s = self.clock()
-            pixels, canvas = preprocess(picture, self.manifest)
+            pixels, canvas = preprocess(picture, manifest)
             times = StageTimes(
                 admit=(admitted_s - arrived_s) * 1e3,
                 decode=(decoded_s - admitted_s) * 1e3,
@@ -228,9 +256,19 @@ class Service:
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             try:
-                self.batcher.check()
+                for served in self._all_served():
+                    served.batcher.check()
+                if self.served.engine_name != self._told_engine:  # one that was lost has come back as another kind
+                    self._tell_model()
             except Exception:  # without this watch no engine would ever be replaced again
                 logger.exception("looking after the engines failed")
+
+    def _all_served(self) -> list[Served]:
+        return [self.served, *self._beside]
+
+    def _tell_model(self) -> None:
+        self._told_engine = self.served.engine_name
+        self.metrics.set_model(self.served.manifest, self._told_engine)
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

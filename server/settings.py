@@ -24,6 +24,25 @@ class Settings(BaseSettings):
     engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side")
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
 
+    gate: bool = Field(True, description="compare an engine's answers with its bundle's proof before it is served")
+    gate_seconds: float = Field(
+        2.0, ge=0, description="time for comparing more than one picture a canvas, which is always compared"
+    )
+    on_parity_failure: Literal["refuse", "fallback"] = Field(
+        "fallback", description="with an engine whose answers are wrong: do not start, or use the next kind of engine"
+    )
+
+    admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="comma-separated; /admin needs one of them; none: /admin is closed"
+    )
+    bundle_root: Path | None = Field(None, description="folder that bundles posted to /admin/bundle must lie in")
+    watch_bundle: bool = Field(False, description="swap to what `bundle` leads to whenever that changes")
+    swap_timeout_seconds: float = Field(600.0, gt=0, description="longest that a new bundle may take to be opened")
+    rollback_seconds: float = Field(30.0, ge=0, description="after a swap, how long the old bundle is kept ready")
+    rollback_error_percent: float = Field(
+        5.0, ge=0, le=100, description="of a new bundle's images; if its engine fails on more, the old one is back"
+    )
+
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 for any free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -60,7 +79,7 @@ class Settings(BaseSettings):
     )
     api_keys_file: Path | None = Field(None, description="file of more keys, one a line; read again when it changes")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if isinstance(value, str):

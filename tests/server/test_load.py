@@ -160,8 +160,8 @@ def test_a_passed_deadline_is_504_at_once_and_costs_no_engine(settings: Settings
 def test_a_deadline_that_cannot_be_met_is_503_with_retry_after(settings: Settings) -> None:
     async def test(site: Site) -> None:
         first = await site.hold()
-        for canvas in site.service.manifest.canvases * 9:
-            site.service._estimate.observe(canvas, images=1, seconds=100.0)
+        for canvas in site.service.served.manifest.canvases * 9:
+            site.service.served.estimate.observe(canvas, images=1, seconds=100.0)
         refused = await site.post(**{"X-Timeout-Ms": "1000"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "deadline_unmeetable")
         assert int(refused.headers["retry-after"]) > 1
