@@ -63,6 +63,9 @@ class EngineRecord(_Record):
     graph_parity: tuple[ParityRecord, ...] = Field(
         default=(), description="the graph it was built of, in ONNX Runtime; not the engine's own answers"
     )
+    parity: tuple[ParityRecord, ...] = Field(
+        default=(), description="the engine's own answers, on the bundle's proof; none: not run where it was built"
+    )
 
     _plain_name = field_validator("file")(lambda value: plain_file_name(value))
 
@@ -88,7 +91,8 @@ class Manifest(_Record):
     precision: str = "fp32"
     max_detections: int = Field(default=100, ge=1, description="K, the graph's detections an image")
     hashes: dict[str, str] = Field(
-        default_factory=dict, description="SHA-256 of 'onnx' (model.onnx), 'checkpoint' (model.safetensors) and others"
+        default_factory=dict,
+        description="SHA-256 of 'onnx' (model.onnx), 'checkpoint' (model.safetensors), 'proof' (proof.npz) and others",
     )
     built_with: dict[str, str] = Field(default_factory=dict, description="program to version")
     parity: tuple[ParityRecord, ...] = ()

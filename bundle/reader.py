@@ -13,7 +13,8 @@ from bundle.manifest import FORMAT_VERSION, EngineRecord, Manifest
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
 CHECKPOINT_FILE = "model.safetensors"
-HASHED_FILES = {"onnx": ONNX_FILE, "checkpoint": CHECKPOINT_FILE}
+PROOF_FILE = "proof.npz"
+HASHED_FILES = {"onnx": ONNX_FILE, "checkpoint": CHECKPOINT_FILE, "proof": PROOF_FILE}
 """Name in `Manifest.hashes` to the file it is of."""
 
 
@@ -47,6 +48,8 @@ def read_bundle(path: Path | str) -> Bundle:
         raise BundleMissing(f"{onnx_path} does not exist; a bundle is {ONNX_FILE} and {MANIFEST_FILE}")
     if "onnx" not in manifest.hashes:
         raise ManifestInvalid(f"{path / MANIFEST_FILE}: hashes has no 'onnx'")
+    if "proof" in manifest.hashes and not (path / PROOF_FILE).is_file():
+        raise BundleMissing(f"{path / PROOF_FILE} does not exist; {MANIFEST_FILE} lists it")
     for name, file_name in HASHED_FILES.items():
         if name in manifest.hashes and (path / file_name).is_file():
             _check_hash(path / file_name, manifest.hashes[name])

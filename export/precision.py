@@ -15,17 +15,26 @@ def to_half(model: DeformableDetr) -> None:
     and scores would lose their last digits. The convolutions' weights stay float32 until the graph's constants are
     folded, so that batch norms can still be folded into them.
     """
-    transformer = model.transformer
-    precise = [model.class_embed, model.bbox_embed, getattr(transformer, "reference_points", None)]
-    in_heads = {id(layer) for head in precise if head is not None for layer in head.modules()}
+    in_heads = _head_layers(model)
     for layer in list(model.modules()):
-        if id(layer) in in_heads:
-            if type(layer) is nn.Linear:
-                layer.__class__ = _FloatLinear
-        elif (half := _HALF.get(type(layer))) is not None:
-            layer.__class__ = half
-            if not isinstance(layer, nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
-                layer.half()
+        if id(layer) in in_heads and type(layer) is nn.Linear:
+            layer.__class__ = _FloatLinear
+    for layer in halved_layers(model):
+        layer.__class__ = _HALF[type(layer)]
+        if not isinstance(layer, nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
+            layer.half()
+
+
+def halved_layers(model: DeformableDetr) -> list[nn.Module]:
+    """The layers that `to_half` lets compute in float16."""
+    in_heads = _head_layers(model)
+    return [layer for layer in model.modules() if id(layer) not in in_heads and type(layer) in _HALF]
+
+
+def _head_layers(model: DeformableDetr) -> set[int]:
+    """Ids of the heads' layers, which stay precise."""
+    heads = [model.class_embed, model.bbox_embed, getattr(model.transformer, "reference_points", None)]
+    return {id(layer) for head in heads if head is not None for layer in head.modules()}
 
 
 class _HalfConv2d(nn.Conv2d):

@@ -1,0 +1,148 @@
+"""An engine against a bundle's proof: every slot of every batch size, in seconds."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle import Canvas
+from parity.compare import Answer, Figures, compare
+from parity.limits import Limits, limits_for
+from parity.pictures import Pictures
+from parity.proof import CanvasProof, Proof, ProofInvalid
+
+Infer = Callable[[NDArray[np.uint8], NDArray[np.int64]], Sequence[Any]]
+"""images uint8 [n, H, W, 3] of one canvas, sizes int64 [n, 2] -> boxes [n, K, 4], scores [n, K], labels [n, K]."""
+
+FIGURE_NAMES = {
+    "box_median": "median box error",
+    "score_median": "median score error",
+    "curve": "curve of the sorted scores",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One picture in one slot of one batch, and what came of it."""
+
+    canvas: Canvas
+    batch_size: int
+    batch: int
+    slot: int
+    picture: int
+    figures: Figures
+    failures: tuple[str, ...]
+    got: Answer | None
+
+    @property
+    def where(self) -> str:
+        """The place, for messages."""
+        return f"canvas {self.canvas}, batch of {self.batch_size}, slot {self.slot}, picture {self.picture}"
+
+
+@dataclass(frozen=True, eq=False)
+class GateReport:
+    """What the gate found. failures: one line each, naming the place, the figure and its limit."""
+
+    precision: str
+    limits: Limits
+    rows: tuple[Row, ...]
+    failures: tuple[str, ...]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was no failure, and something was compared."""
+        return not self.failures
+
+
+def run_gate(
+    infer: Infer,
+    proof: Proof,
+    precision: str,
+    batch_sizes: Sequence[int],
+    canvases: Sequence[Canvas] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> GateReport:
+    """Hold `infer` against the proof on `canvases` (default: all of the proof's) in batches of these sizes.
+
+    A wrong answer, or an engine that raises, is a failure in the report, never an exception. `progress` gets a line for
+    each canvas and batch size. Raises ValueError for a precision that has no limits.
+    """
+    limits = limits_for(precision, proof.half)
+    started = time.perf_counter()
+    rows: list[Row] = []
+    failures: list[str] = []
+    proven = {part.canvas: part for part in proof.canvases}
+    for canvas in proven if canvases is None else canvases:
+        if canvas not in proven:
+            failures.append(f"canvas {canvas}: the proof has none of this size, only {', '.join(map(str, proven))}")
+            continue
+        try:
+            pictures = proven[canvas].pictures()
+        except ProofInvalid as error:
+            failures.append(str(error))
+            continue
+        for batch_size in sorted(set(batch_sizes)):
+            found = list(_run_batches(infer, proof, proven[canvas], pictures, batch_size, limits))
+            rows += [row for row in found if isinstance(row, Row)]
+            new = [line for row in found for line in (row.failures if isinstance(row, Row) else (row,))]
+            failures += new
+            if progress is not None:
+                progress(f"{canvas} batch {batch_size}: {f'{len(new)} failures' if new else 'passed'}")
+    if not rows and not failures:
+        failures.append("nothing was compared: no canvas or no batch size was asked for")
+    return GateReport(precision, limits, tuple(rows), tuple(failures), time.perf_counter() - started)
+
+
+def batches_of(pictures: int, batch_size: int) -> list[list[int]]:
+    """Indices of pictures, a slot each, so that every slot holds different pictures and each is in different slots."""
+    rounds = pictures if batch_size < pictures else min(2, pictures)
+    return [[(first + slot) % pictures for slot in range(batch_size)] for first in range(rounds)]
+
+
+def _run_batches(
+    infer: Infer, proof: Proof, part: CanvasProof, pictures: Pictures, batch_size: int, limits: Limits
+) -> Iterator[Row | str]:
+    """A row for each slot, or the line that says why a batch has none."""
+    for number, indices in enumerate(batches_of(len(part.expected), batch_size)):
+        batch = pictures.take(indices)
+        where = f"canvas {part.canvas}, batch of {batch_size}"
+        try:
+            boxes, scores, labels = (np.asarray(output) for output in infer(batch.images, batch.sizes))
+        except Exception as error:
+            yield f"{where}: the engine raised {type(error).__name__}: {' '.join(str(error).split()):.300}"
+            continue
+        lengths = [output.shape[0] if output.ndim else 0 for output in (boxes, scores, labels)]
+        if lengths != [batch_size] * 3:
+            yield f"{where}: boxes, scores, labels of {lengths} images, expected {batch_size}"
+            continue
+        for slot, index in enumerate(indices):
+            got = Answer(boxes[slot], scores[slot], labels[slot])
+            figures = compare(got, part.expected[index], limits, proof.detections, proof.categories)
+            row = Row(part.canvas, batch_size, number, slot, index, figures, (), got)
+            failed = tuple(f"{row.where}: {line}" for line in failures_of(figures, limits))
+            # Only what is to be looked at is kept.
+            yield Row(part.canvas, batch_size, number, slot, index, figures, failed, got if failed else None)
+
+
+def failures_of(figures: Figures, limits: Limits) -> list[str]:
+    """A line for each figure beyond its limit; a fault is one by itself."""
+    if figures.faults:
+        return list(figures.faults)
+    said = []
+    allowed = max(math.floor(limits.strays * figures.counted), limits.least_strays)
+    if figures.strays > allowed:
+        line = f"strays: {figures.strays} of {figures.counted} detections without a partner, limit {allowed}"
+        if figures.mislabelled:
+            line += f"; labels: {figures.mislabelled} of them have one of another label"
+        said.append(line)
+    for name, words in FIGURE_NAMES.items():
+        found, limit = getattr(figures, name), getattr(limits, name)
+        if not found <= limit:
+            said.append(f"{words} {found:.2g}, limit {limit:.2g}")
+    return said

@@ -1,0 +1,66 @@
+"""How far an engine may be from float32 PyTorch, by the precision it computes in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+MEASURED = ("box_median", "score_median", "curve")
+"""Figures whose limits in half precision follow what half precision was measured to do in the network itself."""
+HALF_FACTOR = 2.5
+"""Limits in half precision over what was measured: the engine's rounding is not that of the measurement, and its
+kernels may add up in half. Sampling locations in half exceed 4 times the measured median box error."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the figures of `parity.compare.Figures`; boxes in shares of the image's side.
+
+    An engine's detection and one of PyTorch are a pair when their labels are equal, their scores differ by at most
+    `pair_score`, and their boxes have an IoU of `pair_iou` or differ by at most `pair_box`. `strays` is the share of
+    the detections that may be without a partner, `least_strays` how many may whatever their share. Those below
+    `least_score` do not count.
+    """
+
+    precision: str
+    pair_iou: float
+    pair_box: float
+    pair_score: float
+    strays: float
+    box_median: float
+    score_median: float
+    curve: float
+    least_strays: int = 0
+    least_score: float = 0.0
+
+
+LIMITS = {
+    # Two float32 engines differ by the order of their sums: measured at most 1e-6 of the side and 2e-5 of a score. A
+    # GPU's fused and reordered sums get a margin of ten and more; sampling locations in half move the median by 1e-4.
+    "fp32": Limits(
+        "fp32", pair_iou=1.0, pair_box=2e-4, pair_score=1e-3, strays=0.0,
+        box_median=5e-6, score_median=2e-5, curve=5e-4,
+    ),
+    # Measured: worst pair 7e-4 of the side and 2e-2 of a score; a two-stage network takes in another proposal where two
+    # are nearly as good, so some are without a partner. The medians' limits are those of a proof that has no measure.
+    "fp16": Limits(
+        "fp16", pair_iou=0.9, pair_box=5e-3, pair_score=5e-2, strays=0.08,
+        box_median=1e-4, score_median=1e-3, curve=3e-2, least_strays=1,
+    ),
+    # Agreement instead of closeness: eight bits move weak detections about, but strong ones stay where they are.
+    "int8": Limits(
+        "int8", pair_iou=0.6, pair_box=1e-2, pair_score=0.25, strays=0.3,
+        box_median=2e-2, score_median=0.1, curve=0.2, least_strays=2, least_score=0.3,
+    ),
+}  # fmt: skip
+FLOORS = {"box_median": 1e-5, "score_median": 5e-5, "curve": 2e-3}
+"""The least that a limit in half precision is, where almost nothing was measured."""
+
+
+def limits_for(precision: str, half: Mapping[str, float] | None = None) -> Limits:
+    """The limits of a precision ("fp32", "fp16", "int8"); `half` is `Proof.half`. Raises ValueError for another."""
+    if precision not in LIMITS:
+        raise ValueError(f"no limits for precision {precision!r}; there are {', '.join(LIMITS)}")
+    limits = LIMITS[precision]
+    if precision != "fp16" or not half:
+        return limits
+    measured = {name: max(FLOORS[name], HALF_FACTOR * half.get(name, 0.0)) for name in MEASURED}
+    return replace(limits, **measured)  # type: ignore[arg-type]  # they are all floats

@@ -1,0 +1,155 @@
+"""proof.npz: the pictures a bundle is tried on, by their seeds, and what float32 PyTorch says to each.
+
+An answer does not depend on its neighbours, so what is expected is a picture's own; batches are made of them in turn.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle import Bundle, Canvas
+from bundle.reader import PROOF_FILE
+from parity.pictures import Pictures, proof_pictures
+
+FORMAT_VERSION = 1
+
+
+class ProofInvalid(ValueError):
+    """The file is no proof, or its pictures cannot be drawn as they were; the message says which and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What PyTorch says to one picture: its candidates, more of them than an engine returns, in descending score.
+
+    boxes float32 [M, 4] x0, y0, x1, y1 in 0..1 of the image, scores float32 [M], labels int64 [M].
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class CanvasProof:
+    """The pictures of one canvas: their seed and SHA-256, and each one's answer."""
+
+    canvas: Canvas
+    seed: int
+    sha256: str
+    expected: tuple[Expected, ...]
+
+    def pictures(self) -> Pictures:
+        """Drawn anew. Raises ProofInvalid where they are not the ones that PyTorch was shown."""
+        pictures = proof_pictures(self.canvas, self.seed, len(self.expected))
+        if (found := pictures_hash(pictures)) != self.sha256:
+            raise ProofInvalid(
+                f"the pictures of canvas {self.canvas}, seed {self.seed}, have SHA-256 {found}, the proof says "
+                f"{self.sha256}: made by another release; export the bundle again"
+            )
+        return pictures
+
+
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A bundle's proof.
+
+    detections: K, how many an engine returns of an image. categories: the labels there are. half: for each figure of
+    `parity.limits`, how far arithmetic in half precision moves it in this network, as measured on these pictures.
+    """
+
+    canvases: tuple[CanvasProof, ...]
+    detections: int
+    categories: tuple[int, ...]
+    half: Mapping[str, float] = field(default_factory=dict)
+
+
+def pictures_hash(pictures: Pictures) -> str:
+    """SHA-256 over sizes and pixels, in hexadecimal."""
+    digest = hashlib.sha256(pictures.sizes.astype("<i8").tobytes())
+    digest.update(pictures.images.tobytes())
+    return digest.hexdigest()
+
+
+def read_proof(bundle: Bundle) -> Proof | None:
+    """The bundle's proof, or None where it carries none. Raises ProofInvalid."""
+    path = bundle.path / PROOF_FILE
+    if "proof" not in bundle.manifest.hashes or not path.is_file():
+        return None
+    try:
+        return proof_from(path.read_bytes())
+    except ProofInvalid as error:
+        raise ProofInvalid(f"{path}: {error}") from error
+
+
+def proof_from(content: bytes) -> Proof:
+    """The proof that `proof_bytes` wrote. Raises ProofInvalid."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            head: dict[str, Any] = json.loads(arrays["head"].tobytes())
+            if head["format_version"] != FORMAT_VERSION:
+                raise ProofInvalid(f"format version {head['format_version']}; this reader knows {FORMAT_VERSION}")
+            canvases = tuple(
+                CanvasProof(
+                    Canvas(height=entry["height"], width=entry["width"]),
+                    int(entry["seed"]),
+                    entry["sha256"],
+                    tuple(_read_expected(arrays, f"{number}.{index}") for index in range(entry["count"])),
+                )
+                for number, entry in enumerate(head["canvases"])
+            )
+        return Proof(canvases, int(head["detections"]), tuple(head["categories"]), head["half"])
+    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        if isinstance(error, ProofInvalid):
+            raise
+        raise ProofInvalid(f"not a proof: {type(error).__name__}: {error}") from error
+
+
+def _read_expected(arrays: Mapping[str, NDArray[Any]], name: str) -> Expected:
+    boxes, scores, labels = (arrays[f"{name}.{part}"] for part in ("boxes", "scores", "labels"))
+    count = scores.shape[0] if scores.ndim == 1 else -1
+    if boxes.shape != (count, 4) or labels.shape != (count,):
+        raise ProofInvalid(f"picture {name}: boxes {boxes.shape}, scores {scores.shape}, labels {labels.shape}")
+    return Expected(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64))
+
+
+def proof_bytes(proof: Proof) -> bytes:
+    """The file's content; the same for the same proof."""
+    entries = [
+        {
+            "height": part.canvas.height,
+            "width": part.canvas.width,
+            "seed": part.seed,
+            "sha256": part.sha256,
+            "count": len(part.expected),
+        }
+        for part in proof.canvases
+    ]
+    head = {
+        "format_version": FORMAT_VERSION,
+        "detections": proof.detections,
+        "categories": list(proof.categories),
+        "half": dict(proof.half),
+        "canvases": entries,
+    }
+    arrays: dict[str, NDArray[Any]] = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
+    for number, part in enumerate(proof.canvases):
+        for index, expected in enumerate(part.expected):
+            arrays[f"{number}.{index}.boxes"] = expected.boxes.astype(np.float32)
+            arrays[f"{number}.{index}.scores"] = expected.scores.astype(np.float32)
+            arrays[f"{number}.{index}.labels"] = expected.labels.astype(np.int32)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, array, allow_pickle=False)
+            # Not np.savez, which writes the time of day.
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), zipfile.ZIP_DEFLATED)
+    return content.getvalue()
