@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bundle import Canvas
 from parity.compare import Answer, Figures, compare
-from parity.limits import Limits, limits_for
+from parity.limits import ALONE, Limits, limits_for
 from parity.pictures import Pictures
 from parity.proof import CanvasProof, Proof, ProofInvalid
 
@@ -21,7 +21,7 @@ Infer = Callable[[NDArray[np.uint8], NDArray[np.int64]], Sequence[Any]]
 FIGURE_NAMES = {
     "box_median": "median box error",
     "score_median": "median score error",
-    "curve": "curve of the sorted scores",
+    "curve": "difference of the sorted scores",
 }
 
 
@@ -67,8 +67,11 @@ def run_gate(
     batch_sizes: Sequence[int],
     canvases: Sequence[Canvas] | None = None,
     progress: Callable[[str], None] | None = None,
+    rounds: int | None = None,
 ) -> GateReport:
     """Hold `infer` against the proof on `canvases` (default: all of the proof's) in batches of these sizes.
+
+    At most `rounds` batches of each canvas and size; by default as many as `batches_of` has.
 
     A wrong answer, or an engine that raises, is a failure in the report, never an exception. `progress` gets a line for
     each canvas and batch size. Raises ValueError for a precision that has no limits.
@@ -88,9 +91,11 @@ def run_gate(
             failures.append(str(error))
             continue
         for batch_size in sorted(set(batch_sizes)):
-            found = list(_run_batches(infer, proof, proven[canvas], pictures, batch_size, limits))
-            rows += [row for row in found if isinstance(row, Row)]
+            found = list(_run_batches(infer, proof, proven[canvas], pictures, batch_size, limits, rounds))
+            answered = [row for row in found if isinstance(row, Row)]
             new = [line for row in found for line in (row.failures if isinstance(row, Row) else (row,))]
+            new += _typical_failures(answered, limits)
+            rows += answered
             failures += new
             if progress is not None:
                 progress(f"{canvas} batch {batch_size}: {f'{len(new)} failures' if new else 'passed'}")
@@ -106,10 +111,16 @@ def batches_of(pictures: int, batch_size: int) -> list[list[int]]:
 
 
 def _run_batches(
-    infer: Infer, proof: Proof, part: CanvasProof, pictures: Pictures, batch_size: int, limits: Limits
+    infer: Infer,
+    proof: Proof,
+    part: CanvasProof,
+    pictures: Pictures,
+    batch_size: int,
+    limits: Limits,
+    rounds: int | None,
 ) -> Iterator[Row | str]:
     """A row for each slot, or the line that says why a batch has none."""
-    for number, indices in enumerate(batches_of(len(part.expected), batch_size)):
+    for number, indices in enumerate(batches_of(len(part.expected), batch_size)[:rounds]):
         batch = pictures.take(indices)
         where = f"canvas {part.canvas}, batch of {batch_size}"
         try:
@@ -142,7 +153,25 @@ def failures_of(figures: Figures, limits: Limits) -> list[str]:
             line += f"; labels: {figures.mislabelled} of them have one of another label"
         said.append(line)
     for name, words in FIGURE_NAMES.items():
-        found, limit = getattr(figures, name), getattr(limits, name)
+        found, limit = getattr(figures, name), ALONE * getattr(limits, name)
         if not found <= limit:
-            said.append(f"{words} {found:.2g}, limit {limit:.2g}")
+            said.append(f"{words} {found:.2g}, limit of one picture {limit:.2g}")
+    return said
+
+
+def typical(rows: Sequence[Row], figure: str) -> float:
+    """The median picture's figure, of those that have an answer."""
+    values = [getattr(row.figures, figure) for row in rows if not row.figures.faults]
+    return float(np.median(values)) if values else 0.0
+
+
+def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:
+    """A line for each figure whose median picture, of one canvas and batch size, is beyond its limit."""
+    said = []
+    for name, words in FIGURE_NAMES.items():
+        found, limit = typical(rows, name), getattr(limits, name)
+        if not found <= limit:
+            said.append(
+                f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: {words} {found:.2g}, limit {limit:.2g}"
+            )
     return said
