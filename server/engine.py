@@ -1,5 +1,6 @@
 """What runs the network: one small interface, its implementations as siblings, and the one place that picks."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from bundle import Bundle, Canvas, Manifest
 from server.errors import StartupError
 from server.preprocess import Pixels
 from server.settings import Settings
+
+logger = logging.getLogger("ddetr.engine")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +77,95 @@ def run_engine(engine: Engine, images: Sequence[Pixels], canvas: Canvas) -> RawD
     return raw
 
 
-def open_engine(settings: Settings, bundle: Bundle) -> Engine:
-    """One engine of the kind that the settings ask for: `auto` takes the first that this machine and bundle have.
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a bundle here, not opened yet."""
 
-    Raises StartupError, saying what is missing.
+    name: str
+    precision: str  # "fp32", "fp16" or "int8"
+    open: OpenEngine  # raises StartupError
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """One way that the settings allow, and why it cannot be gone here."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
+def candidates(settings: Settings, bundle: Bundle) -> list[Candidate]:
+    """The engines that settings, bundle and machine allow, the best first; none is opened.
+
+    Best is a TensorRT engine of the bundle for this GPU, then ONNX Runtime on the GPU, then on the CPU; without a
+    precision asked for, half before float32, and 8 bits never. Raises StartupError, saying of each why not.
     """
-    if settings.engine == "tensorrt":
-        raise StartupError("engine 'tensorrt' is not part of this build; set engine to 'onnxruntime' or 'auto'")
-    from server.onnxruntime_engine import OnnxRuntimeEngine  # only the engine in use is imported
+    ways = _ways(settings, bundle)
+    found = [way for way in ways if isinstance(way, Candidate)]
+    if not found:
+        raise StartupError("; ".join(str(way) for way in ways if isinstance(way, PassedOver)))
+    return found
 
-    return OnnxRuntimeEngine(bundle, settings)
+
+def passed_over(settings: Settings, bundle: Bundle) -> tuple[str, ...]:
+    """The engines that cannot be opened here, and why; those behind one that can are not named."""
+    ways = _ways(settings, bundle)
+    first = next((index for index, way in enumerate(ways) if isinstance(way, Candidate)), len(ways))
+    return tuple(str(way) for way in ways[:first])
+
+
+def open_engine(settings: Settings, bundle: Bundle) -> Engine:
+    """The first of `candidates` that opens; the log says which, and why not those before it.
+
+    Raises StartupError with what is wrong with each.
+    """
+    for why in passed_over(settings, bundle):
+        logger.info("passed over %s", why)
+    failed = []
+    for candidate in candidates(settings, bundle):
+        try:
+            return candidate.open()
+        except StartupError as error:
+            failed.append(str(error))
+            logger.warning("passed over %s: %s", candidate.name, error)
+    raise StartupError("; ".join(failed))
+
+
+def placements(settings: Settings) -> list[Settings]:
+    """The settings of every engine: `engine_instances` on each device asked for, `device` the one it is on.
+
+    Neighbours are on different devices. Raises StartupError where `all` finds no GPU.
+    """
+    devices = [name.strip() for name in settings.device.split(",")]
+    if devices == ["all"]:
+        from runtime import RuntimeUnavailable, gpus
+
+        try:
+            devices = [f"cuda:{gpu.index}" for gpu in gpus()]
+        except RuntimeUnavailable as error:
+            raise StartupError(f"device 'all': {error}") from error
+    each = [settings.model_copy(update={"device": device}) for device in dict.fromkeys(devices)]
+    return [one for _ in range(settings.engine_instances) for one in each]
+
+
+def _ways(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
+    """Every way that the settings allow, in order of preference."""
+    ways: list[Candidate | PassedOver] = []
+    if settings.engine in ("auto", "tensorrt"):
+        if settings.device != "cpu":
+            from server.tensorrt_engine import tensorrt_ways  # only what may be used is imported
+
+            ways += tensorrt_ways(settings, bundle)
+        elif settings.engine == "tensorrt":
+            ways.append(PassedOver("tensorrt", "it runs on NVIDIA GPUs, and device is 'cpu'"))
+    if settings.engine in ("auto", "onnxruntime"):
+        from server.onnxruntime_engine import onnxruntime_ways
+
+        ways += onnxruntime_ways(settings, bundle)
+    return ways
 
 
 def check_answer(raw: RawDetections, batch_size: int) -> None:

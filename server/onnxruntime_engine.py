@@ -1,36 +1,78 @@
 """The bundle's model.onnx in ONNX Runtime, on the CPU or on an NVIDIA GPU."""
 
+import ctypes
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 import plugins
 from bundle import Bundle, Canvas, Manifest
 from server.cores import available_cores
-from server.engine import RawDetections
+from server.engine import Candidate, PassedOver, RawDetections
 from server.errors import StartupError
 from server.preprocess import Pixels, lay_on_canvas
 from server.settings import Settings
 
 logger = logging.getLogger("ddetr.engine")
 
+_CPU = "CPUExecutionProvider"
+_PROVIDERS = {"CUDAExecutionProvider": "cuda:0", _CPU: "cpu"}
 _INPUTS = ("images", "sizes")
 _OUTPUTS = ("boxes", "scores", "labels")
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine:
-    """One session. On the CPU it runs the native kernel, if built; else the function that the model carries."""
+def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
+    """On the GPU, then on the CPU, as far as the settings allow either."""
+    ways: list[Candidate | PassedOver] = []
+    graphs = {"fp32": bundle.onnx_path, "int8": getattr(bundle, "int8_path", None)}
+    precision = "fp32" if settings.precision == "auto" else settings.precision
+    graph = graphs.get(precision)
+    for provider, name in _PROVIDERS.items():
+        if not _allows(settings.device, provider):
+            continue
+        name = f"onnxruntime on {name if provider == _CPU or ':' not in settings.device else settings.device}"
+        there = ort.get_available_providers()
+        if graph is None:
+            ways.append(PassedOver(name, f"the bundle has no graph of precision {precision} for it"))
+        elif provider not in there:
+            ways.append(PassedOver(name, f"this ONNX Runtime has no CUDA, only {', '.join(there)}"))
+        elif precision == "int8" and provider != _CPU:
+            ways.append(PassedOver(name, "int8 is for the CPU"))
+        else:
+            on = settings.model_copy(update={"device": "cpu" if provider == _CPU else settings.device})
+            ways.append(Candidate(name, precision, partial(OnnxRuntimeEngine, bundle, on, graph, provider)))
+    return ways
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """A batch where the session reads it."""
+
+    images: Any
+    sizes: Any
+
+
+class OnnxRuntimeEngine:
+    """One session. It runs the native kernel, where that is built for the device; else the model's own function."""
+
+    def __init__(
+        self, bundle: Bundle, settings: Settings, graph: Path | None = None, provider: str = "CPUExecutionProvider"
+    ) -> None:
+        """`graph`: the bundle's model.onnx, unless another is given. Raises StartupError."""
         self.manifest: Manifest = bundle.manifest
-        provider, options = _provider(settings.device)
-        # Its kernel is for the CPU: a GPU that hands every attention over to it is slower than with the function.
-        library = plugins.onnxruntime_library() if provider == "CPUExecutionProvider" else None
+        graph = graph or bundle.onnx_path
+        index = int(settings.device.partition(":")[2] or 0)
+        device = "cpu" if provider == _CPU else f"cuda:{index}"
+        self._placed = None if provider == _CPU else ("cuda", index)
+        library = plugins.onnxruntime_library()
+        if library is not None and provider != _CPU and not has_cuda_kernel(library):
+            library = None  # each attention handed over to the CPU is slower than the function on the GPU
         session_options = ort.SessionOptions()
         session_options.log_severity_level = _ERRORS_ONLY
         session_options.intra_op_num_threads = settings.engine_threads or max(
@@ -42,25 +84,41 @@ class OnnxRuntimeEngine:
                 session_options.register_custom_ops_library(str(library))
             except Exception as error:
                 raise StartupError(f"ONNX Runtime {ort.__version__} refuses {library}: {error}") from error
+        options = {} if provider == _CPU else {"device_id": str(index)}
         try:
-            self._session = ort.InferenceSession(bundle.onnx_path, session_options, [(provider, options)])
+            self._session = ort.InferenceSession(graph, session_options, [(provider, options)])
         except Exception as error:
-            raise StartupError(f"ONNX Runtime {ort.__version__} cannot load {bundle.onnx_path}: {error}") from error
-        self._check_graph(bundle)
-        device = "cpu" if provider == "CPUExecutionProvider" else f"cuda:{options['device_id']}"
+            raise StartupError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {error}") from error
+        if provider not in (got := self._session.get_providers()):  # it says so in its own log alone, and goes on
+            raise StartupError(f"{device}: ONNX Runtime {ort.__version__} could not use it, and took {', '.join(got)}")
+        self._check_graph(graph)
         self.op = "native kernel" if library is not None else "function"
-        self.name = f"onnxruntime {ort.__version__} on {device}, MSDeformAttn as {self.op}"
+        precision = "" if graph == bundle.onnx_path else f", {graph.name}"
+        self.name = f"onnxruntime {ort.__version__} on {device}{precision}, MSDeformAttn as {self.op}"
         logger.info("%s, %d threads", self.name, session_options.intra_op_num_threads)
         if library is None and device == "cpu":
             logger.warning("the native kernel is not built, answers take longer; with a C++ compiler: make native")
 
-    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDArray[np.int64]]:
-        """The graph's two inputs, see `lay_on_canvas`."""
-        return lay_on_canvas(images, canvas)
+    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> _Inputs:
+        """The graph's two inputs, see `lay_on_canvas`. For a GPU they are copied to it now: another batch computes."""
+        laid = lay_on_canvas(images, canvas)
+        if self._placed is None:
+            return _Inputs(*laid)
+        return _Inputs(*(ort.OrtValue.ortvalue_from_numpy(array, *self._placed) for array in laid))
 
-    def infer(self, inputs: tuple[Pixels, NDArray[np.int64]]) -> Sequence[Any]:
+    def infer(self, inputs: _Inputs) -> Sequence[Any]:
         """The graph's three outputs."""
-        outputs: Sequence[Any] = self._session.run(list(_OUTPUTS), dict(zip(_INPUTS, inputs, strict=True)))
+        outputs: Sequence[Any]
+        if self._placed is None:
+            outputs = self._session.run(list(_OUTPUTS), {"images": inputs.images, "sizes": inputs.sizes})
+            return outputs
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input("images", inputs.images)
+        binding.bind_ortvalue_input("sizes", inputs.sizes)
+        for name in _OUTPUTS:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        outputs = binding.copy_outputs_to_cpu()
         return outputs
 
     def finish(self, outputs: Sequence[Any]) -> RawDetections:
@@ -71,23 +129,23 @@ class OnnxRuntimeEngine:
         """Free the session's memory."""
         del self._session
 
-    def _check_graph(self, bundle: Bundle) -> None:
+    def _check_graph(self, graph: Path) -> None:
         inputs = {value.name for value in self._session.get_inputs()}
         outputs = {value.name for value in self._session.get_outputs()}
         if inputs != set(_INPUTS) or outputs != set(_OUTPUTS):
             raise StartupError(
-                f"{bundle.onnx_path} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; "
+                f"{graph} has inputs {sorted(inputs)} and outputs {sorted(outputs)}; "
                 f"a served graph has inputs {sorted(_INPUTS)} and outputs {sorted(_OUTPUTS)}"
             )
 
 
-def _provider(device: str) -> tuple[str, dict[str, str]]:
-    """ONNX Runtime's name for the device, and its options."""
-    there = ort.get_available_providers()
-    if device == "auto":
-        device = "cuda" if "CUDAExecutionProvider" in there else "cpu"
-    if device == "cpu":
-        return "CPUExecutionProvider", {}
-    if "CUDAExecutionProvider" not in there:
-        raise StartupError(f"device {device!r}: this ONNX Runtime has no CUDA, only {', '.join(there)}")
-    return "CUDAExecutionProvider", {"device_id": device.partition(":")[2] or "0"}
+def has_cuda_kernel(library: Path) -> bool:
+    """Whether the op's library brings its kernel for CUDA: it was built where nvcc is. False for what is no library."""
+    try:
+        return hasattr(ctypes.CDLL(str(library)), "msda_forward_cuda_host_shapes")
+    except OSError:
+        return False
+
+
+def _allows(device: str, provider: str) -> bool:
+    return device == "auto" or (device == "cpu") == (provider == _CPU)

@@ -42,10 +42,15 @@ def lay_on_canvas(images: Sequence[Pixels], canvas: Canvas) -> tuple[Pixels, NDA
     """The served graph's inputs: images [N, H, W, 3] uint8, zeros around each image, and sizes [N, 2] (h, w) int64."""
     batch = np.empty((len(images), canvas.height, canvas.width, 3), np.uint8)  # [N, H, W, 3]
     sizes = np.empty((len(images), 2), np.int64)  # [N, 2]
+    lay_in(images, batch, sizes)
+    return batch, sizes
+
+
+def lay_in(images: Sequence[Pixels], batch: Pixels, sizes: NDArray[np.int64]) -> None:
+    """The same into memory that is there: batch [N, H, W, 3] and sizes [N, 2] are written whole."""
     for slot, pixels in enumerate(images):
         height, width, _ = pixels.shape
         batch[slot, :height, :width] = pixels
         batch[slot, :height, width:] = 0
         batch[slot, height:] = 0
         sizes[slot] = height, width
-    return batch, sizes

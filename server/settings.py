@@ -20,8 +20,15 @@ class Settings(BaseSettings):
 
     bundle: Path = Field(default_factory=embedded_bundle, description="folder of the bundle to serve")
     engine: Literal["auto", "onnxruntime", "tensorrt"] = Field("auto", description="what runs the network")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|all|cuda|cuda:\d+(,cuda:\d+)*)$",
+        description="auto, cpu, cuda, cuda:N, several as cuda:0,cuda:1, or all GPUs",
+    )
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        "auto", description="of the network; auto: half where the bundle has such an engine, else float32"
+    )
+    engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side, on each device")
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
 
     gate: bool = Field(True, description="compare an engine's answers with its bundle's proof before it is served")

@@ -85,7 +85,7 @@ def test_what_cannot_be_opened_says_why(tiny_bundle: Bundle, tmp_path: Path, mon
     with pytest.raises(StartupError, match="tensorrt"):
         open_engine(Settings(bundle=tiny_bundle.path, engine="tensorrt"), tiny_bundle)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(StartupError, match="'cuda:3': this ONNX Runtime has no CUDA, only CPU"):
+    with pytest.raises(StartupError, match="on cuda:3: this ONNX Runtime has no CUDA, only CPU"):
         open_engine(Settings(bundle=tiny_bundle.path, device="cuda:3"), tiny_bundle)
     broken = write_bundle(tmp_path / "broken", MANIFEST, {"model.onnx": b"not a graph"})
     with pytest.raises(StartupError, match=r"cannot load .*model\.onnx"):

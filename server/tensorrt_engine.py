@@ -1,0 +1,139 @@
+"""A bundle's TensorRT engine, in the package `runtime`. It has not run on a GPU yet: tests hold it to a double."""
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import plugins
+from bundle import Bundle, Canvas, EngineMismatch, EngineRecord, Manifest, find_engine
+from runtime import Answer, Gpu, RuntimeUnavailable, Staged, TensorRTSession, gpus, open_tensorrt
+from server.engine import Candidate, PassedOver, RawDetections
+from server.errors import StartupError
+from server.preprocess import Pixels, lay_in
+from server.settings import Settings
+
+logger = logging.getLogger("ddetr.engine")
+
+_ORDER = (("tensorrt", "fp16"), ("tensorrt", "fp32"), ("rtx", "fp16"), ("rtx", "fp32"))
+
+
+def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
+    """The engines of the bundle for this machine's GPU, best first, or why there is none."""
+    if settings.precision == "int8":
+        return [PassedOver("tensorrt", "it has no int8 here; precision int8 runs in ONNX Runtime on the CPU")]
+    if not bundle.manifest.engines:
+        return [PassedOver("tensorrt", "the bundle has no engine (ddetr build adds one)")]
+    try:
+        gpu = _gpu(settings.device)
+    except RuntimeUnavailable as error:
+        return [PassedOver("tensorrt", str(error))]
+    ways: list[Candidate | PassedOver] = []
+    why = ""
+    for flavour, precision in _ORDER:
+        if settings.precision not in ("auto", precision):
+            continue
+        try:
+            record = find_engine(bundle, flavour, gpu.arch, precision)
+        except EngineMismatch as error:
+            why = why or str(error)
+            continue
+        name = f"tensorrt {record.file} on cuda:{gpu.index}"
+        refusal = _too_small(record, bundle.manifest, settings.max_batch_size)
+        if refusal:
+            ways.append(PassedOver(name, refusal))
+        else:
+            ways.append(Candidate(name, precision, partial(TensorRTEngine, bundle, settings, record, gpu)))
+    return ways or [PassedOver("tensorrt", why)]
+
+
+class TensorRTEngine:
+    """One instance: contexts, buffers and a stream of its own. Every batch size is run before the first request."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        settings: Settings,
+        record: EngineRecord,
+        gpu: Gpu,
+        session: TensorRTSession | None = None,
+    ) -> None:
+        """Raises StartupError. `session`: already open, it is the engine's from now on."""
+        self.manifest: Manifest = bundle.manifest
+        path = bundle.path / record.file
+        began_s = time.monotonic()
+        try:
+            self._session = session or _open(path, record, gpu)
+        except RuntimeUnavailable as error:
+            raise StartupError(str(error)) from error
+        try:
+            self._check(path, settings.max_batch_size)
+            for canvas in self.manifest.canvases:
+                for count in range(1, settings.max_batch_size + 1):
+                    self._session.warm(count, canvas.height, canvas.width)
+        except BaseException as error:
+            self._session.close()
+            if isinstance(error, RuntimeUnavailable):
+                raise StartupError(str(error)) from error
+            raise
+        graphs = "CUDA graphs" if self._session.graphs else "no CUDA graphs"
+        self.name = f"{self._session.name}, {record.precision}, {graphs}"
+        logger.info("%s, ready in %.1f s", self.name, time.monotonic() - began_s)
+
+    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> Staged:
+        """The batch on its way to the GPU, while another may be computed."""
+        staged = self._session.stage(len(images), canvas.height, canvas.width)
+        lay_in(images, staged.images, staged.sizes)
+        self._session.upload(staged)
+        return staged
+
+    def infer(self, inputs: Staged) -> Staged:
+        """The batch, queued."""
+        return self._session.run(inputs)
+
+    def finish(self, outputs: Staged) -> RawDetections:
+        """The answer, waited for."""
+        answer: Answer = self._session.fetch(outputs)
+        return RawDetections(answer.boxes, answer.scores, answer.labels)
+
+    def close(self) -> None:
+        """Give back the GPU's memory."""
+        self._session.close()
+
+    def _check(self, path: Path, max_batch_size: int) -> None:
+        """Raises StartupError where the engine does not take every batch that will come."""
+        most = {(each.height, each.width): each.most for each in reversed(self._session.profiles)}
+        for canvas in self.manifest.canvases:
+            if (takes := most.get((canvas.height, canvas.width), 0)) < max_batch_size:
+                raise StartupError(_refusal(path.name, canvas, takes, max_batch_size))
+
+
+def _open(path: Path, record: EngineRecord, gpu: Gpu) -> TensorRTSession:
+    built_with = f"{record.flavour} {record.built_with.get(record.flavour, 'of an unknown version')} for {record.arch}"
+    return open_tensorrt(path, record.flavour, gpu.index, plugins.tensorrt_library(), built_with)
+
+
+def _gpu(device: str) -> Gpu:
+    """The GPU that the setting means. Raises RuntimeUnavailable."""
+    there = gpus()
+    index = int(device.partition(":")[2] or 0)
+    if index >= len(there):
+        raise RuntimeUnavailable(f"there is no {device}: this machine has cuda:0 to cuda:{len(there) - 1}")
+    return there[index]
+
+
+def _too_small(record: EngineRecord, manifest: Manifest, max_batch_size: int) -> str:
+    """Why an engine does not take every batch that will come, as far as its record tells; empty where it does."""
+    most = {profile.canvas: profile.max_batch_size for profile in record.profiles}
+    short = [(canvas, most.get(canvas, 0)) for canvas in manifest.canvases if most.get(canvas, 0) < max_batch_size]
+    return _refusal(record.file, *short[0], max_batch_size) if record.profiles and short else ""
+
+
+def _refusal(file: str, canvas: Canvas, takes: int, max_batch_size: int) -> str:
+    if not takes:
+        return f"{file} has no profile for canvas {canvas}; build it again"
+    return (
+        f"{file} takes at most {takes} images of canvas {canvas}, and max_batch_size is {max_batch_size}: set that to "
+        f"{takes}, or build it with --max-batch-size {max_batch_size}"
+    )
