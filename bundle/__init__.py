@@ -11,12 +11,13 @@ from bundle.errors import (
     HashMismatch,
     ManifestInvalid,
 )
-from bundle.manifest import EngineProfile, EngineRecord, Manifest, ModelName, ParityRecord
+from bundle.manifest import Agreement, EngineProfile, EngineRecord, Manifest, ModelName, ParityRecord, QuantisedRecord
 from bundle.reader import Bundle, find_engine, read_bundle
 from bundle.resize import Canvas, ResizeRule, canvases_for, choose_canvas, resized_size
 from bundle.writer import write_bundle
 
 __all__ = [
+    "Agreement",
     "Bundle",
     "BundleError",
     "BundleMissing",
@@ -32,6 +33,7 @@ __all__ = [
     "ManifestInvalid",
     "ModelName",
     "ParityRecord",
+    "QuantisedRecord",
     "ResizeRule",
     "canvases_for",
     "choose_canvas",

@@ -77,6 +77,34 @@ class EngineRecord(_Record):
         )
 
 
+class Agreement(_Record):
+    """How far another form of the model finds what float32 finds on the same pictures."""
+
+    detections: int = Field(ge=0, description="of float32, with a score of at least `threshold`")
+    threshold: float = Field(ge=0, le=1)
+    matched: float = Field(ge=0, le=1, description="share that has one of the same label with an IoU of at least 0.9")
+    score_difference: float = Field(ge=0, description="mean over the matched, absolute")
+
+
+class QuantisedRecord(_Record):
+    """The graph in 8-bit integers for CPUs, and what was measured of it beside the float32 graph before it was kept."""
+
+    file: str
+    sha256: Sha256
+    of: Sha256 = Field(description="SHA-256 of the model.onnx it was made from")
+    pictures: int = Field(ge=1, description="that both were measured on")
+    ap_fp32: float
+    ap_int8: float
+    ap50_fp32: float
+    ap50_int8: float
+    agreement: Agreement
+    calibration_pictures: int = Field(ge=1, description="that its ranges are from; none of those measured on")
+    float_groups: tuple[str, ...] = Field(default=(), description="groups of layers left in float32 for accuracy")
+    built_with: dict[str, str] = Field(default_factory=dict)
+
+    _plain_name = field_validator("file")(lambda value: plain_file_name(value))
+
+
 class Manifest(_Record):
     """The manifest of a bundle, format version 1."""
 
@@ -97,6 +125,7 @@ class Manifest(_Record):
     built_with: dict[str, str] = Field(default_factory=dict, description="program to version")
     parity: tuple[ParityRecord, ...] = ()
     engines: tuple[EngineRecord, ...] = ()
+    int8: QuantisedRecord | None = None
 
 
 def _number(arch: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from bundle.errors import BundleMissing, EngineMismatch, FormatUnknown, HashMismatch, ManifestInvalid
-from bundle.manifest import FORMAT_VERSION, EngineRecord, Manifest
+from bundle.manifest import FORMAT_VERSION, EngineRecord, Manifest, QuantisedRecord
 
 MANIFEST_FILE = "manifest.json"
 ONNX_FILE = "model.onnx"
@@ -32,6 +32,11 @@ class Bundle:
         path = self.path / CHECKPOINT_FILE
         return path if path.is_file() else None
 
+    @property
+    def int8_path(self) -> Path | None:
+        """The graph in 8-bit integers, if the bundle has one."""
+        return None if self.manifest.int8 is None else self.path / self.manifest.int8.file
+
 
 def read_bundle(path: Path | str) -> Bundle:
     """Read and validate the bundle in folder `path`.
@@ -53,10 +58,16 @@ def read_bundle(path: Path | str) -> Bundle:
     for name, file_name in HASHED_FILES.items():
         if name in manifest.hashes and (path / file_name).is_file():
             _check_hash(path / file_name, manifest.hashes[name])
-    for engine in manifest.engines:
-        if not (path / engine.file).is_file():
-            raise BundleMissing(f"{path / engine.file} does not exist; {MANIFEST_FILE} lists it")
-        _check_hash(path / engine.file, engine.sha256)
+    int8 = manifest.int8
+    if int8 is not None and int8.of != manifest.hashes["onnx"]:
+        raise HashMismatch(
+            f"{path / int8.file} was made from another {ONNX_FILE} ({int8.of}): quantise the bundle again"
+        )
+    records: list[EngineRecord | QuantisedRecord] = [*manifest.engines, *filter(None, [int8])]
+    for record in records:
+        if not (path / record.file).is_file():
+            raise BundleMissing(f"{path / record.file} does not exist; {MANIFEST_FILE} lists it")
+        _check_hash(path / record.file, record.sha256)
     return Bundle(path=path, manifest=manifest, onnx_path=onnx_path)
 
 
