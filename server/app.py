@@ -3,16 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from bundle import BundleError, read_bundle
+from bundle import BundleError
 from server.docs import build_docs_router
-from server.engine import Engine, OpenEngine, open_engine
+from server.engine import Engine, OpenEngine
 from server.errors import ServiceError, StartupError
 from server.head import Head
 from server.keys import ApiKeys, Gate
@@ -21,7 +20,7 @@ from server.metrics_port import listening
 from server.observe import Observe
 from server.page import build_page_router
 from server.routes import build_metrics_router, build_router, error_response, http_error_response
-from server.served import Opened
+from server.served import Opened, open_bundle
 from server.service import Service
 from server.settings import Settings
 from server.trace import Tracing, open_tracing
@@ -43,7 +42,7 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
-    service = Service(settings, _opened(settings, engine), metrics)
+    service = Service(settings, _opened(settings, engine, metrics), metrics)
 
     tracing = open_tracing(version())
     metrics_router = build_metrics_router(metrics)
@@ -109,23 +108,13 @@ def _dress(
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 
-def _opened(settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None) -> Opened:
+def _opened(settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None, metrics: Metrics) -> Opened:
     """The engines to begin with."""
     if engine is None:
         try:
-            return open_bundle(settings, settings.bundle)
+            return open_bundle(settings, settings.bundle, metrics)
         except BundleError as error:
             raise StartupError(str(error)) from error
     if callable(engine):
-        return Opened([engine() for _ in range(settings.engine_instances)], engine)
+        return Opened([engine() for _ in range(settings.engine_instances)], [engine] * settings.engine_instances)
     return Opened(engine if isinstance(engine, Sequence) else [engine])
-
-
-def open_bundle(settings: Settings, path: Path) -> Opened:
-    """The settings' engines for the bundle in folder `path`. Raises BundleError or StartupError."""
-    path = path.resolve()  # what a link leads to later is another bundle
-
-    def open_one() -> Engine:
-        return open_engine(settings, read_bundle(path))
-
-    return Opened([open_one() for _ in range(settings.engine_instances)], open_one, path)

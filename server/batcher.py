@@ -39,7 +39,7 @@ class Batcher:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         *,
-        reopen: OpenEngine | None = None,
+        reopen: Sequence[OpenEngine] = (),
         stall_timeout_s: float = 1.5,
     ) -> None:
         self._queue = queue
@@ -49,7 +49,7 @@ class Batcher:
             Lane(
                 engine,
                 f"engine-{index}",
-                reopen,
+                reopen[index] if reopen else None,
                 estimate,
                 metrics,
                 clock,

@@ -27,6 +27,7 @@ ServiceError                 status  code
 └── ClientGone                  499  client_gone             nobody is left to read it
 
 StartupError                 the server cannot start: no engine for this machine, a bundle that cannot be served
+└── ParityFailed             an engine's answers are not those of the bundle's proof
 """
 
 from typing import ClassVar
@@ -190,3 +191,7 @@ class ClientGone(ServiceError):
 
 class StartupError(Exception):
     """The server cannot start; the message says what to change."""
+
+
+class ParityFailed(StartupError):
+    """An engine's answers are not those that the bundle's proof expects."""

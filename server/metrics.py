@@ -1,7 +1,10 @@
 """What Prometheus scrapes; every metric's name is here and nowhere else."""
 
+from __future__ import annotations
+
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -11,6 +14,9 @@ from server.batch_queue import LEAVE_REASONS, Batch
 from server.gpu import gpu_collector
 from server.timing import STAGES, StageTimes
 from server.version import version
+
+if TYPE_CHECKING:
+    from server.gate import Verdict
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -80,6 +86,40 @@ class Metrics:
             ["name", "version", "variant", "precision", "engine"],
             registry=self._registry,
         )
+        self.parity_failures = Counter(
+            "ddetr_parity_failures",
+            "Engines not served because their answers are wrong.",
+            ["engine"],
+            registry=self._registry,
+        )
+        self._parity_passed = Gauge(
+            "ddetr_parity_passed",
+            "1: the engines in service answer as their bundle's proof says; 0: it has none, or was not asked.",
+            registry=self._registry,
+        )
+        self._parity_fallback = Gauge(
+            "ddetr_parity_fallback",
+            "1: an engine in service stands in for a better one whose answers are wrong.",
+            registry=self._registry,
+        )
+        self._gate_seconds = Gauge(
+            "ddetr_gate_seconds", "Seconds that comparing the engines in service took.", registry=self._registry
+        )
+        self._engine_info = Gauge(
+            "ddetr_engine_info",
+            "An engine in service, and how it was found right; always 1.",
+            ["engine", "precision", "gate"],
+            registry=self._registry,
+        )
+        self.swaps = Counter(
+            "ddetr_bundle_swaps", "Swaps to another bundle, by their outcome.", ["outcome"], registry=self._registry
+        )
+        self.shadow_images = Counter(
+            "ddetr_shadow_images",
+            "Live pictures shown to a new bundle, by how its answer compares.",
+            ["outcome"],
+            registry=self._registry,
+        )
         if (gpus := gpu_collector()) is not None:
             self._registry.register(gpus)
         # Children made here show as 0 from the start, so that rates and alerts have something to look at.
@@ -88,6 +128,10 @@ class Metrics:
             self._batches.labels(reason)
         for how in ("died", "hung"):
             self.engine_restarts.labels(how)
+        for outcome in ("promoted", "rejected", "rolled_back"):
+            self.swaps.labels(outcome)
+        for outcome in ("agreed", "disagreed", "failed", "dropped"):
+            self.shadow_images.labels(outcome)
 
     def watch_queue(self, depth: Callable[[], int], held_bytes: Callable[[], int]) -> None:
         """Ask at every scrape for the queue's length, and for the bytes held."""
@@ -100,6 +144,15 @@ class Metrics:
         self._model_info.labels(
             manifest.model.name, manifest.model.version, manifest.variant, manifest.precision, engine_name
         ).set(1)
+
+    def set_verdicts(self, verdicts: Sequence[Verdict]) -> None:
+        """Tell how each engine in service was found right, instead of any before."""
+        self._parity_passed.set(all(verdict.result == "passed" for verdict in verdicts))
+        self._parity_fallback.set(any(verdict.passed_over for verdict in verdicts))
+        self._gate_seconds.set(sum(verdict.seconds for verdict in verdicts))
+        self._engine_info.clear()
+        for verdict in verdicts:
+            self._engine_info.labels(verdict.engine, verdict.precision, verdict.result).set(1)
 
     def observe_image(self, times: StageTimes) -> None:
         """An image has been answered."""

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -65,8 +66,9 @@ def build_router(service: Service) -> APIRouter:
 
     @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)
     async def model() -> Response:
-        content = service.served.manifest.model_dump(mode="json") | {"engine": service.served.engine_name}
-        return _json(content)
+        served = service.served
+        running = {"engine": served.engine_name, "gate": [asdict(verdict) for verdict in served.verdicts]}
+        return _json(served.manifest.model_dump(mode="json") | running)
 
     @router.get(
         "/livez",
@@ -85,8 +87,10 @@ def build_router(service: Service) -> APIRouter:
         responses={200: {"model": HealthSchema}, 503: {"model": HealthSchema}},
     )
     async def readyz() -> Response:
-        reason = service.why_not_ready()
-        return _json({"status": "ok"}) if reason is None else _json({"status": reason}, 503)
+        if (reason := service.why_not_ready()) is not None:
+            return _json({"status": reason}, 503)
+        degraded = service.degraded()
+        return _json({"status": "ok"} if degraded is None else {"status": "ok", "degraded": degraded})
 
     return router
 

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bundle import Manifest
 from server.batch_queue import PRIORITIES
 from server.errors import ServiceError
+from server.gate import Result
 from server.options import DetectOptions
 
 
@@ -114,16 +115,34 @@ class UploadSchema(BaseModel):
     )
 
 
+class GateSchema(BaseModel):
+    """How an engine in service was found to answer right."""
+
+    engine: str
+    result: str = Field(
+        json_schema_extra={"enum": [*get_args(Result)]},
+        description="`no proof`: the bundle has none; `off`: by the settings; `not asked`: the engine was handed over",
+    )
+    precision: str
+    compared: int = Field(description="answers to pictures of the bundle's proof")
+    left_out: list[str] = Field(description="what there was no time for")
+    worst: dict[str, float] = Field(description="figure to the worst of all answers; boxes in shares of the side")
+    seconds: float
+    passed_over: list[str] = Field(description="better engines that are not served, and what was wrong with them")
+
+
 class ModelSchema(Manifest):
     """The answer of /model: the bundle's manifest, and what runs it."""
 
     engine: str
+    gate: list[GateSchema] = Field(description="of each engine")
 
 
 class HealthSchema(BaseModel):
     """Health: `ok`, or why not."""
 
     status: str
+    degraded: str | None = Field(None, description="what does not work as it should, though requests are answered")
 
 
 _FILE = {"type": "string", "format": "binary"}

@@ -4,14 +4,16 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from bundle import Manifest
+from bundle import Manifest, read_bundle
 from server.batch_queue import BatchQueue, Inferred, Priority
 from server.batcher import Batcher
-from server.engine import Engine, OpenEngine
+from server.engine import Engine, OpenEngine, placements
 from server.errors import EngineFailed
 from server.estimate import Estimate
+from server.gate import Verdict, open_proven
 from server.metrics import Metrics
 from server.preprocess import PreparedImage
 from server.settings import Settings
@@ -25,13 +27,41 @@ class Opened:
     """Engines of one bundle, open and not yet at work."""
 
     engines: Sequence[Engine]
-    reopen: OpenEngine | None = None
+    reopen: Sequence[OpenEngine] = ()  # what opens one in the place of each, or nothing
     path: Path | None = None  # of the bundle, links followed; None: the engines were handed over
+    verdicts: tuple[Verdict, ...] = ()  # of each engine, as it was opened last
 
     def close(self) -> None:
         """Let them go unused."""
         for engine in self.engines:
             engine.close()
+
+
+def open_bundle(settings: Settings, path: Path, metrics: Metrics) -> Opened:
+    """The settings' engines for the bundle in folder `path`, proven. Raises BundleError or StartupError.
+
+    The first engine has `gate_seconds` to be compared in; for the others, and for one that takes a lost one's place,
+    one picture a canvas is enough: they are of the same files.
+    """
+    path = path.resolve()  # what a link leads to later is another bundle
+    bundle = read_bundle(path)
+    places = placements(settings)
+
+    def reopen(number: int) -> Engine:
+        proven = open_proven(places[number], read_bundle(path), metrics, seconds=0.0)
+        opened.verdicts = (*opened.verdicts[:number], proven.verdict, *opened.verdicts[number + 1 :])
+        return proven.engine
+
+    opened = Opened([], [partial(reopen, number) for number in range(len(places))], path)
+    try:
+        for place in places:
+            proven = open_proven(place, bundle, metrics, seconds=0.0 if opened.engines else None)
+            opened.engines = [*opened.engines, proven.engine]
+            opened.verdicts = (*opened.verdicts, proven.verdict)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
 
 
 class Served:
@@ -61,6 +91,11 @@ class Served:
     def engine_name(self) -> str:
         """What runs, and on what."""
         return self.batcher.engine_name
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """How each engine was found right."""
+        return self.opened.verdicts or tuple(Verdict(engine.name, "not asked") for engine in self.opened.engines)
 
     @contextmanager
     def used(self) -> Iterator[None]:

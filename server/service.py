@@ -154,6 +154,12 @@ class Service:
         why = self.batcher.opening_failed
         return "restarting the engine" if why is None else f"restarting the engine; the last try failed: {why}"
 
+    def degraded(self) -> str | None:
+        """Why requests are answered by another engine than they should be, or None."""
+        standing_in = (verdict for verdict in self.served.verdicts if verdict.passed_over)
+        told = (f"{verdict.engine} stands in for {'; '.join(verdict.passed_over)}" for verdict in standing_in)
+        return "; ".join(dict.fromkeys(told)) or None
+
     def trouble(self) -> str | None:
         """Why the process should be restarted unless this passes soon: a stage that does not get on. None if all do."""
         if self._decoders.stalled(self.settings.stall_timeout_ms / 1e3):
@@ -258,7 +264,7 @@ class Service:
             try:
                 for served in self._all_served():
                     served.batcher.check()
-                if self.served.engine_name != self._told_engine:  # one that was lost has come back as another kind
+                if self.served.verdicts != self._told_verdicts:  # an engine is back, perhaps as another kind
                     self._tell_model()
             except Exception:  # without this watch no engine would ever be replaced again
                 logger.exception("looking after the engines failed")
@@ -267,8 +273,9 @@ class Service:
         return [self.served, *self._beside]
 
     def _tell_model(self) -> None:
-        self._told_engine = self.served.engine_name
-        self.metrics.set_model(self.served.manifest, self._told_engine)
+        self._told_verdicts = self.served.verdicts
+        self.metrics.set_model(self.served.manifest, self.served.engine_name)
+        self.metrics.set_verdicts(self._told_verdicts)
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

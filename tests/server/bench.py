@@ -41,7 +41,7 @@ class Bench:
             self.estimate,
             self.metrics,
             self.clock,
-            reopen=self.open_engine if reopen else None,
+            reopen=[self.open_engine] * engines if reopen else (),
         )
 
     @property

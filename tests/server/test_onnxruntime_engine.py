@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -9,7 +8,7 @@ from onnx import TensorProto, helper
 import plugins
 from bundle import Bundle, Canvas, write_bundle
 from server.app import create_app
-from server.engine import Engine, RawDetections, open_engine, run_engine
+from server.engine import RawDetections, open_engine, run_engine
 from server.errors import StartupError
 from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.preprocess import Pixels
@@ -59,21 +58,9 @@ def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
     assert engine.manifest == MANIFEST.model_copy(update={"hashes": engine.manifest.hashes})
 
 
-def opened_by_an_app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
-    opened: list[Engine] = []
-
-    def noted(*arguments: Any) -> Engine:
-        opened.append(open_engine(*arguments))
-        return opened[-1]
-
-    monkeypatch.setattr("server.app.open_engine", noted)
-    create_app(settings)
-    return opened
-
-
-def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
     settings = Settings(bundle=tiny_bundle.path, engine_instances=2)
-    engines = opened_by_an_app(settings, monkeypatch)
+    engines = create_app(settings).state.service.served.opened.engines
     assert len(engines) == 2
     assert len({id(each) for each in engines}) == 2
     for each in engines:
