@@ -13,6 +13,7 @@ Array = NDArray[np.float32]
 FARTHEST = 0.5
 """How far a box may stick out of its image: centre and sides are each in 0..1."""
 SLACK = 1e-3  # of half precision in that sum
+LEAST_PAIRS = 20  # for a correlation that says something
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Figures:
 
     faults: what cannot be an answer at all (then nothing else is measured). Of the pairs: worst and median error of box
     and score, least IoU. strays: detections without a partner, of the engine's or of PyTorch's, whichever are more.
-    mislabelled: those of the engine's strays that pair once labels are left out. curve: the largest difference of the
+    mislabelled: those of the engine's strays that pair once labels are left out. curve: the mean difference of the
     k-th best scores. compared: detections of PyTorch that had to be found; paired: those that were. counted: the
-    detections that strays are a part of.
+    detections that strays are a part of. signature: the largest correlation of the box errors with those of a known
+    fault, `fault`.
     """
 
     faults: tuple[str, ...] = ()
@@ -38,6 +40,8 @@ class Figures:
     compared: int = 0
     paired: int = 0
     counted: int = 0
+    signature: float = 0.0
+    fault: str = ""
 
     @property
     def agreement(self) -> float:
@@ -73,6 +77,7 @@ def compare(got: Answer, want: Expected, limits: Limits, detections: int, catego
     counted = pairs[want.scores[pairs[:, 1]] >= limits.least_score]
     box = np.abs(got.boxes[counted[:, 0]] - want.boxes[counted[:, 1]]).max(-1, initial=0.0)
     score = np.abs(got.scores[counted[:, 0]] - want.scores[counted[:, 1]])
+    signature, fault = _signature(got, want, pairs)
     overlap = iou(got.boxes[counted[:, 0]], want.boxes[counted[:, 1]])
     return Figures(
         box_max=float(box.max(initial=0.0)),
@@ -80,12 +85,14 @@ def compare(got: Answer, want: Expected, limits: Limits, detections: int, catego
         score_max=float(score.max(initial=0.0)),
         score_median=float(np.median(score)) if score.size else 0.0,
         min_iou=float(overlap.min(initial=1.0)),
-        curve=float(np.abs(got.scores - want.scores[: len(got.scores)]).max(initial=0.0)),
+        curve=float(np.abs(got.scores - want.scores[: len(got.scores)]).mean()),
         strays=max(missing, int(lonely.sum())),
         mislabelled=_mislabelled(got, want, limits, lonely),
         compared=int(due.sum()),
         paired=int((due & found_of_want).sum()),
         counted=max(int(due.sum()), int(owed.sum())),
+        signature=signature,
+        fault=fault,
     )
 
 
@@ -154,3 +161,24 @@ def _mislabelled(got: Answer, want: Expected, limits: Limits, lonely: NDArray[np
         return 0
     alone = Answer(got.boxes[lonely], got.scores[lonely], got.labels[lonely])
     return len(match(alone, want, limits, labelled=False))
+
+
+def _signature(got: Answer, want: Expected, pairs: NDArray[np.int64]) -> tuple[float, str]:
+    """The known fault that the box errors correlate with most, and by how much."""
+    if len(pairs) < LEAST_PAIRS:
+        return 0.0, ""
+    error = _bounded(got.boxes[pairs[:, 0]] - want.boxes[pairs[:, 1]])
+    found = {fault: _correlation(error, _bounded(moved[pairs[:, 1]])) for fault, moved in want.signatures.items()}
+    return max(((value, fault) for fault, value in found.items()), default=(0.0, ""))
+
+
+def _bounded(moved: Array) -> Array:
+    """Without the few large values, which come where one cell is mistaken for its neighbour."""
+    bound = 4 * float(np.median(np.abs(moved)))
+    bounded: Array = moved.clip(-bound, bound)
+    return bounded
+
+
+def _correlation(a: Array, b: Array) -> float:
+    size = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / size if size else 0.0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bundle import Canvas
 from parity.compare import Answer, Figures, compare
-from parity.limits import ALONE, Limits, limits_for
+from parity.limits import ALONE, SIGNATURE, Limits, limits_for
 from parity.pictures import Pictures
 from parity.proof import CanvasProof, Proof, ProofInvalid
 
@@ -156,6 +156,8 @@ def failures_of(figures: Figures, limits: Limits) -> list[str]:
         found, limit = getattr(figures, name), ALONE * getattr(limits, name)
         if not found <= limit:
             said.append(f"{words} {found:.2g}, limit of one picture {limit:.2g}")
+    if not figures.signature <= SIGNATURE:
+        said.append(f"signature of {figures.fault}: correlation {figures.signature:.2f}, limit {SIGNATURE:g}")
     return said
 
 
@@ -166,12 +168,15 @@ def typical(rows: Sequence[Row], figure: str) -> float:
 
 
 def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:
-    """A line for each figure whose median picture, of one canvas and batch size, is beyond its limit."""
-    said = []
+    """A line for each figure whose median picture of a canvas and batch size, of three or more, is beyond its limit."""
+    said: list[str] = []
+    if len({row.picture for row in rows}) < 3:
+        return said
     for name, words in FIGURE_NAMES.items():
         found, limit = typical(rows, name), getattr(limits, name)
         if not found <= limit:
             said.append(
-                f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: {words} {found:.2g}, limit {limit:.2g}"
+                f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: {words} {found:.2g}, "
+                f"limit {limit:.2g}"
             )
     return said

@@ -5,9 +5,16 @@ from dataclasses import dataclass, replace
 
 MEASURED = ("box_median", "score_median", "curve")
 """Figures whose limits in half precision follow what half precision was measured to do in the network itself."""
-HALF_FACTOR = 2.5
-"""Limits in half precision over what was measured: the engine's rounding is not that of the measurement, and its
-kernels may add up in half. Sampling locations in half exceed 4 times the measured median box error."""
+HALF_FACTOR = 3.0
+"""Limits in half precision over what was measured, for the rounding of other kernels than the measurement's: ONNX
+Runtime's are at 0.7, sampling locations in half at 4 (scores) and 3 (boxes) and more."""
+ALONE = 3.0
+"""What one picture may be over the limit of the median picture: where a proposal is swapped for one as good, all other
+detections of its picture move a little."""
+
+SIGNATURE = 0.35
+"""Limit, in every precision, of the correlation of box errors with those of a known fault. Measured: right engines, of
+float32 and of half precision, at most 0.14; engines with the fault 0.53 and more."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,8 @@ class Limits:
     An engine's detection and one of PyTorch are a pair when their labels are equal, their scores differ by at most
     `pair_score`, and their boxes have an IoU of `pair_iou` or differ by at most `pair_box`. `strays` is the share of
     the detections that may be without a partner, `least_strays` how many may whatever their share. Those below
-    `least_score` do not count.
+    `least_score` do not count. `box_median`, `score_median` and `curve` are the limits of the median picture of a
+    canvas and batch size; one picture alone may have `ALONE` times as much.
     """
 
     precision: str
@@ -37,21 +45,21 @@ LIMITS = {
     # GPU's fused and reordered sums get a margin of ten and more; sampling locations in half move the median by 1e-4.
     "fp32": Limits(
         "fp32", pair_iou=1.0, pair_box=2e-4, pair_score=1e-3, strays=0.0,
-        box_median=5e-6, score_median=2e-5, curve=5e-4,
+        box_median=5e-6, score_median=2e-5, curve=5e-5,
     ),
     # Measured: worst pair 7e-4 of the side and 2e-2 of a score; a two-stage network takes in another proposal where two
     # are nearly as good, so some are without a partner. The medians' limits are those of a proof that has no measure.
     "fp16": Limits(
         "fp16", pair_iou=0.9, pair_box=5e-3, pair_score=5e-2, strays=0.08,
-        box_median=1e-4, score_median=1e-3, curve=3e-2, least_strays=1,
+        box_median=1e-4, score_median=1e-3, curve=2e-3, least_strays=1,
     ),
     # Agreement instead of closeness: eight bits move weak detections about, but strong ones stay where they are.
     "int8": Limits(
         "int8", pair_iou=0.6, pair_box=1e-2, pair_score=0.25, strays=0.3,
-        box_median=2e-2, score_median=0.1, curve=0.2, least_strays=2, least_score=0.3,
+        box_median=2e-2, score_median=0.1, curve=0.1, least_strays=2, least_score=0.3,
     ),
 }  # fmt: skip
-FLOORS = {"box_median": 1e-5, "score_median": 5e-5, "curve": 2e-3}
+FLOORS = {"box_median": 1e-5, "score_median": 5e-5, "curve": 1e-4}
 """The least that a limit in half precision is, where almost nothing was measured."""
 
 

@@ -1,5 +1,6 @@
 """The pictures of a proof: drawn from a seed by integers alone, so that every machine draws the same bytes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,13 +31,18 @@ class Pictures:
 
 
 def proof_pictures(canvas: Canvas, seed: int, count: int) -> Pictures:
-    """`count` pictures on `canvas`, each of another fill: smooth fields, spots with hard edges, and grain."""
-    images = np.zeros((count, canvas.height, canvas.width, 3), np.uint8)
-    sizes = np.zeros((count, 2), np.int64)
-    for index in range(count):
+    """`count` pictures on `canvas`, of seeds that follow from one."""
+    return draw_pictures(canvas, tuple(range(seed, seed + count)))
+
+
+def draw_pictures(canvas: Canvas, seeds: Sequence[int]) -> Pictures:
+    """A picture of each seed, each of another fill: smooth fields, spots with hard edges, and grain."""
+    images = np.zeros((len(seeds), canvas.height, canvas.width, 3), np.uint8)
+    sizes = np.zeros((len(seeds), 2), np.int64)
+    for index, seed in enumerate(seeds):
         fill_h, fill_w = FILLS[index % len(FILLS)]
         height, width = max(1, canvas.height * fill_h >> 8), max(1, canvas.width * fill_w >> 8)
-        images[index, :height, :width] = _picture(height, width, seed * 1_000_003 + index)
+        images[index, :height, :width] = _picture(height, width, seed)
         sizes[index] = height, width
     return Pictures(images, sizes)
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from bundle import Bundle, Canvas
 from bundle.reader import PROOF_FILE
-from parity.pictures import Pictures, proof_pictures
+from parity.pictures import Pictures, draw_pictures
 
 FORMAT_VERSION = 1
+SIGNATURE_UNITS = 1e6
+"""A signature is stored in 16-bit integers, in millionths of the image's side."""
 
 
 class ProofInvalid(ValueError):
@@ -29,29 +31,31 @@ class ProofInvalid(ValueError):
 class Expected:
     """What PyTorch says to one picture: its candidates, more of them than an engine returns, in descending score.
 
-    boxes float32 [M, 4] x0, y0, x1, y1 in 0..1 of the image, scores float32 [M], labels int64 [M].
+    boxes float32 [M, 4] x0, y0, x1, y1 in 0..1 of the image, scores float32 [M], labels int64 [M]. signatures: by the
+    name of a known fault, how it moves these boxes: float32 [M, 4].
     """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     labels: NDArray[np.int64]
+    signatures: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class CanvasProof:
-    """The pictures of one canvas: their seed and SHA-256, and each one's answer."""
+    """The pictures of one canvas: each one's seed, the SHA-256 of all, and each one's answer."""
 
     canvas: Canvas
-    seed: int
+    seeds: tuple[int, ...]
     sha256: str
     expected: tuple[Expected, ...]
 
     def pictures(self) -> Pictures:
         """Drawn anew. Raises ProofInvalid where they are not the ones that PyTorch was shown."""
-        pictures = proof_pictures(self.canvas, self.seed, len(self.expected))
+        pictures = draw_pictures(self.canvas, self.seeds)
         if (found := pictures_hash(pictures)) != self.sha256:
             raise ProofInvalid(
-                f"the pictures of canvas {self.canvas}, seed {self.seed}, have SHA-256 {found}, the proof says "
+                f"the pictures of canvas {self.canvas}, seeds {self.seeds}, have SHA-256 {found}, the proof says "
                 f"{self.sha256}: made by another release; export the bundle again"
             )
         return pictures
@@ -99,9 +103,12 @@ def proof_from(content: bytes) -> Proof:
             canvases = tuple(
                 CanvasProof(
                     Canvas(height=entry["height"], width=entry["width"]),
-                    int(entry["seed"]),
+                    tuple(entry["seeds"]),
                     entry["sha256"],
-                    tuple(_read_expected(arrays, f"{number}.{index}") for index in range(entry["count"])),
+                    tuple(
+                        _read_expected(arrays, f"{number}.{index}", entry["signatures"])
+                        for index in range(len(entry["seeds"]))
+                    ),
                 )
                 for number, entry in enumerate(head["canvases"])
             )
@@ -112,12 +119,13 @@ def proof_from(content: bytes) -> Proof:
         raise ProofInvalid(f"not a proof: {type(error).__name__}: {error}") from error
 
 
-def _read_expected(arrays: Mapping[str, NDArray[Any]], name: str) -> Expected:
+def _read_expected(arrays: Mapping[str, NDArray[Any]], name: str, faults: Sequence[str]) -> Expected:
+    signatures = {fault: (arrays[f"{name}.{fault}"] / SIGNATURE_UNITS).astype(np.float32) for fault in faults}
     boxes, scores, labels = (arrays[f"{name}.{part}"] for part in ("boxes", "scores", "labels"))
     count = scores.shape[0] if scores.ndim == 1 else -1
-    if boxes.shape != (count, 4) or labels.shape != (count,):
+    if {boxes.shape, *(moved.shape for moved in signatures.values())} != {(count, 4)} or labels.shape != (count,):
         raise ProofInvalid(f"picture {name}: boxes {boxes.shape}, scores {scores.shape}, labels {labels.shape}")
-    return Expected(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64))
+    return Expected(boxes.astype(np.float32), scores.astype(np.float32), labels.astype(np.int64), signatures)
 
 
 def proof_bytes(proof: Proof) -> bytes:
@@ -126,9 +134,9 @@ def proof_bytes(proof: Proof) -> bytes:
         {
             "height": part.canvas.height,
             "width": part.canvas.width,
-            "seed": part.seed,
+            "seeds": list(part.seeds),
             "sha256": part.sha256,
-            "count": len(part.expected),
+            "signatures": list(part.expected[0].signatures),
         }
         for part in proof.canvases
     ]
@@ -145,6 +153,10 @@ def proof_bytes(proof: Proof) -> bytes:
             arrays[f"{number}.{index}.boxes"] = expected.boxes.astype(np.float32)
             arrays[f"{number}.{index}.scores"] = expected.scores.astype(np.float32)
             arrays[f"{number}.{index}.labels"] = expected.labels.astype(np.int32)
+            for fault, moved in expected.signatures.items():
+                arrays[f"{number}.{index}.{fault}"] = (
+                    (moved * SIGNATURE_UNITS).round().clip(-32767, 32767).astype(np.int16)
+                )
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
         for name, array in arrays.items():
