@@ -67,16 +67,12 @@ class TensorRTSession:
     one thread at a time. Raises what `runtime.errors` has, and ValueError for a batch that no profile takes.
     """
 
-    def __init__(
-        self, engine: Any, trt: Any, cuda: Cuda, device: int, *, name: str = "", graphs: bool = True, keep: Any = None
-    ) -> None:
-        """`keep`: what must live as long as the engine. It is the session's from now on, even if this raises."""
+    def __init__(self, engine: Any, trt: Any, cuda: Cuda, device: int, *, name: str = "", graphs: bool = True) -> None:
         self.name = name
         self._cuda, self._device, self._trt = cuda, device, trt
         self._graphs = Graphs(wanted=graphs)
         self._programs: dict[tuple[int, int], Program] = {}
         self._slots: list[_Slot] = []
-        self._held: list[Any] = [keep, engine]  # let go from the back
         with self._setting_up() as held:
             self.io = read_graph_io(engine, trt)
             self._by_canvas = {(each.height, each.width): each for each in reversed(self.io.profiles)}
@@ -187,8 +183,6 @@ class TensorRTSession:
     def close(self) -> None:
         """Wait for what is under way, and give everything back. A second call does nothing."""
         self._resources.close()
-        while self._held:
-            self._held.pop()
 
     def _profile(self, count: int, height: int, width: int) -> Profile:
         profile = self._by_canvas.get((height, width))

@@ -55,7 +55,7 @@ def open_on(
             f"{log.reason()}; build it here: ddetr build --checkpoint ... --flavour {flavour}"
         )
     name = f"{flavour} {trt.__version__} on cuda:{gpu.index} ({gpu.name}, {gpu.arch})"
-    return TensorRTSession(engine, trt, cuda, gpu.index, name=name, graphs=graphs, keep=runtime)
+    return TensorRTSession(engine, trt, cuda, gpu.index, name=name, graphs=graphs)
 
 
 def _load_plugin(runtime: Any, log: Any, flavour: str, version: str, plugin: Path | None) -> None:

@@ -16,13 +16,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from runtime.cuda import CaptureFailed
-from runtime.errors import CudaFailed, OutOfGpuMemory
 from tests.server.fake_engine import BRIGHT, SCORES, box_of_bright
 
 JUNK = 0xA5
@@ -82,7 +80,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.failing: dict[str, Exception] = {}  # name of a call -> what it raises
+        self._failing: dict[str, tuple[Exception, int]] = {}
         self.violations: list[str] = []
         self.graphs_launched = 0
         self._lock = threading.RLock()  # one call at a time
@@ -213,6 +211,17 @@ class FakeCuda:
 
     # --- what TensorRT's double and the tests call ---
 
+    def fail(self, call: str, error: Exception, nth: int) -> None:
+        """The nth call of this name from now on raises, once."""
+        self._failing[call] = (error, nth)
+
+    def fails(self, call: str) -> Exception | None:
+        """What this call raises."""
+        error, left = self._failing.pop(call, (None, 0))
+        if error is not None and left > 1:
+            self._failing[call] = (error, left - 1)
+        return error if left == 1 else None
+
     def queue(self, stream: int, work: Callable[[], None], accesses: list[Access]) -> None:
         """Work of a library on a stream."""
         self._give(stream, work, accesses)
@@ -251,7 +260,7 @@ class FakeCuda:
             self.violate(f"{name} in a thread that has not named its GPU")
         if waits and getattr(self._thread, "capturing", False):
             self.violate(f"{name} while a graph is captured")
-        if (error := self.failing.get(name)) is not None:
+        if (error := self.fails(name)) is not None:
             raise error
 
     def _keep(self, where: dict[int, Any], what: Any) -> int:
@@ -345,8 +354,12 @@ class FakeCuda:
                 self._run(each)
             first.work()
             first.done = True
-            first.after = []
+            first.work, first.after = _nothing, []
             queue.popleft()
+
+
+def _nothing() -> None:
+    pass
 
 
 # --- TensorRT ---------------------------------------------------------------------------------------------------------
@@ -423,8 +436,6 @@ class Runtime:
         trt.born("runtime")
 
     def __del__(self) -> None:
-        if self._trt.alive.get("engine"):
-            self._trt.cuda.violations.append("a runtime ends before its engine")
         self._trt.died("runtime")
 
     def get_plugin_registry(self) -> IPluginRegistry:
@@ -437,7 +448,7 @@ class Runtime:
             return None
         if not self._registry.loaded:
             self._trt.cuda.violate("an engine is read before its plugin is loaded")
-        return ICudaEngine(self._trt, plan)
+        return ICudaEngine(self._trt, plan, self)
 
 
 class IPluginRegistry:
@@ -479,8 +490,9 @@ class IRuntimeConfig:
 
 
 class ICudaEngine:
-    def __init__(self, trt: FakeTrt, plan: Plan) -> None:
+    def __init__(self, trt: FakeTrt, plan: Plan, runtime: Runtime) -> None:
         self._trt, self._plan = trt, plan
+        self._runtime = runtime  # the real one, too, keeps it alive
         k = plan.detections
         self._tensors: dict[str, tuple[str, str, list[int]]] = plan.tensors or {
             "images": ("INPUT", "UINT8", [-1, -1, -1, 3]),
@@ -493,8 +505,6 @@ class ICudaEngine:
         trt.born("engine")
 
     def __del__(self) -> None:
-        if self._trt.alive.get("context"):
-            self._trt.cuda.violations.append("an engine ends before its contexts")
         self._trt.died("engine")
 
     @property
@@ -531,12 +541,14 @@ class ICudaEngine:
     def create_execution_context(self, strategy: Any = ExecutionContextAllocationStrategy.STATIC) -> Any:
         if isinstance(strategy, IRuntimeConfig):
             strategy = strategy.get_execution_context_allocation_strategy()
-        return IExecutionContext(self._trt, self._plan, set(self._tensors), strategy)
+        return IExecutionContext(self._trt, self._plan, self, strategy)
 
 
 class IExecutionContext:
-    def __init__(self, trt: FakeTrt, plan: Plan, tensors: set[str], strategy: Any) -> None:
-        self._trt, self._cuda, self._plan, self._tensors = trt, trt.cuda, plan, tensors
+    def __init__(self, trt: FakeTrt, plan: Plan, engine: ICudaEngine, strategy: Any) -> None:
+        self._trt, self._cuda, self._plan = trt, trt.cuda, plan
+        self._engine = engine  # which it keeps alive
+        self._tensors = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         self._strategy = strategy
         self._profile: int | None = None
         self._profile_stream: int | None = None
@@ -589,7 +601,7 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         cuda = self._cuda
-        if "execute_async_v3" in cuda.failing:
+        if cuda.fails("execute_async_v3") is not None:
             return False
         if set(self._shapes) != {"images", "sizes"} or self._shapes["images"][0] != self._shapes["sizes"][0]:
             cuda.violate(f"a run with shapes {self._shapes}")
@@ -653,10 +665,3 @@ def bright_boxes(images: Any, sizes: Any, detections: int, plan: Plan) -> tuple[
         for rank, (label, box) in enumerate(found):
             boxes[slot, rank], scores[slot, rank], labels[slot, rank] = box, SCORES[rank], label
     return boxes, scores, labels
-
-
-class Errors(SimpleNamespace):
-    """What a call can be made to raise."""
-
-    memory = OutOfGpuMemory("cudaMalloc of 25 MiB: out of memory")
-    failed = CudaFailed("cudaEventSynchronize: cudaErrorIllegalAddress: an illegal memory access was encountered")
