@@ -19,9 +19,6 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnx.inliner import inline_selected_functions
-
-from export import op
 
 Feed = Mapping[str, NDArray[np.generic]]
 """The served graph's inputs of one batch."""
@@ -63,20 +60,6 @@ class _Twin:
     scale: str
     zero_point: str
     real_scale: np.float32
-
-
-def plain_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """`proto` of standard operators and the op alone: every other function it carries is written out in its place."""
-    plain = inline_selected_functions(proto, [(op.DOMAIN, op.NAME)], exclude=True)
-    # Through the op's function: ONNX Runtime knows nothing of what the native kernel gives, and where it does not know
-    # a tensor's rank it does not turn the convolution behind it to the layout that its integer kernels want.
-    plain = onnx.shape_inference.infer_shapes(plain)
-    foreign = {f"{n.domain}::{n.op_type}" for n in plain.graph.node if n.domain and n.op_type != op.NAME}
-    if foreign:
-        raise QuantiseError(f"the graph has {', '.join(sorted(foreign))}; export it again, then quantise that")
-    for number, node in enumerate(plain.graph.node):
-        node.name = node.name or f"{node.op_type}_{number}"
-    return plain
 
 
 def layers_of(proto: onnx.ModelProto) -> tuple[Layer, ...]:
@@ -157,14 +140,14 @@ class _Graph:
         weight = self.constants.get(node.input[1]) if node.op_type in ("Conv", "MatMul") else None
         if weight is None or weight.data_type != TensorProto.FLOAT or not all(weight.dims):
             return None
+        # By its bias: a weight loses its name when it is brought into another order.
         if node.op_type == "Conv":
-            known = (len(node.input) < 3 or node.input[2] in self.constants) and weight.dims[1] >= _LEAST_CHANNELS
-            name = weight.name if known else ""
+            known = len(node.input) > 2 and node.input[2] in self.constants and weight.dims[1] >= _LEAST_CHANNELS
+            name = node.input[2] if known else ""
         else:
-            # A linear layer's weight was transposed for the product and lost its name; its bias has kept it.
             bias = self.bias(node)
             name = bias[1].name if bias is not None and len(weight.dims) == 2 else ""
-        match = re.fullmatch(r"model\.(.+)\.(?:weight|bias)", name)
+        match = re.fullmatch(r"model\.(.+)\.bias", name)
         return match[1] if match else None
 
     def bias(self, product: onnx.NodeProto) -> tuple[onnx.NodeProto, onnx.TensorProto] | None:
@@ -245,12 +228,15 @@ class _Writer:
     def _convolution(self, node: onnx.NodeProto) -> None:
         x = self._as_integers(node.input[0])
         weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=0)
-        inputs = [*_names(x), *self._weight(node.name, weight, scale), *self._made(node)[1:]]
-        if len(node.input) > 2:
-            bias = numpy_helper.to_array(self._graph.constants[node.input[2]]) / (x.real_scale * scale)
-            limits = np.iinfo(np.int32)
-            whole = np.clip(np.rint(bias.astype(np.float64)), limits.min, limits.max).astype(np.int32)
-            inputs.append(self._constant(f"{node.name}:bias", whole))
+        bias = numpy_helper.to_array(self._graph.constants[node.input[2]]).astype(np.float64) / (x.real_scale * scale)
+        limits = np.iinfo(np.int32)
+        whole = np.clip(np.rint(bias), limits.min, limits.max).astype(np.int32)
+        inputs = [
+            *_names(x),
+            *self._weight(node.name, weight, scale),
+            *self._made(node)[1:],
+            self._constant(f"{node.name}:bias", whole),
+        ]
         made = self._twins[self._graph.rectified(node)]
         written = helper.make_node("QLinearConv", inputs, [made.name], node.name)
         written.attribute.extend(node.attribute)
