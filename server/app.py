@@ -10,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from bundle import BundleError
+from server.admin import build_admin_router
 from server.docs import build_docs_router
 from server.engine import Engine, OpenEngine
 from server.errors import ServiceError, StartupError
@@ -23,6 +24,7 @@ from server.routes import build_metrics_router, build_router, error_response, ht
 from server.served import Opened, open_bundle
 from server.service import Service
 from server.settings import Settings
+from server.swap import Swaps
 from server.trace import Tracing, open_tracing
 from server.version import version
 
@@ -33,7 +35,7 @@ _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": Fa
 def create_app(
     settings: Settings | None = None, engine: Engine | Sequence[Engine] | OpenEngine | None = None
 ) -> FastAPI:
-    """The application, with its service at `app.state.service`.
+    """The application, with its service at `app.state.service` and what swaps bundles at `app.state.swaps`.
 
     Without `settings` they come from the environment; without `engine` the bundle that the settings name is opened.
     An engine that dies or hangs is replaced by calling `engine` again, if it is a callable that opens one; those
@@ -42,14 +44,16 @@ def create_app(
     settings = settings or Settings()
     metrics = Metrics()
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+    admin_keys = ApiKeys(settings.admin_keys, asker="/admin needs an admin key")
     service = Service(settings, _opened(settings, engine, metrics), metrics)
+    swaps = Swaps(service, lambda path: open_bundle(settings, path, metrics))
 
     tracing = open_tracing(version())
     metrics_router = build_metrics_router(metrics)
     apart: FastAPI | None = None
     if settings.metrics_port:
         apart = FastAPI(openapi_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
-        _dress(apart, [metrics_router], service, keys, None)
+        _dress(apart, [metrics_router], service, keys, admin_keys, None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -58,10 +62,12 @@ def create_app(
                 stack.push_async_callback(asyncio.to_thread, tracing.close)
             if apart is not None:
                 await stack.enter_async_context(listening(apart, settings.metrics_host, settings.metrics_port))
-            watching = asyncio.create_task(keys.watch())
-            stack.callback(watching.cancel)
+            for watching in (asyncio.create_task(keys.watch()), asyncio.create_task(swaps.watch())):
+                stack.callback(watching.cancel)
             await service.start()
             yield
+            service.drain()
+            await swaps.stop()
             await service.stop()
 
     app = FastAPIOffline(  # FastAPI's /docs, without its scripts from elsewhere: many a GPU host has no way out
@@ -74,14 +80,23 @@ def create_app(
         version=service.served.manifest.model.version,
         lifespan=lifespan,
     )
-    app.state.service = service
+    app.state.service, app.state.swaps = service, swaps
     routers = [build_router(service), build_page_router(), build_docs_router()]
-    _dress(app, routers if apart is not None else [*routers, metrics_router], service, keys, tracing)
+    if admin_keys.required:
+        routers.append(build_admin_router(service, swaps))
+    if apart is None:
+        routers.append(metrics_router)
+    _dress(app, routers, service, keys, admin_keys, tracing)
     return app
 
 
 def _dress(
-    app: FastAPI, routers: Iterable[APIRouter], service: Service, keys: ApiKeys, tracing: Tracing | None
+    app: FastAPI,
+    routers: Iterable[APIRouter],
+    service: Service,
+    keys: ApiKeys,
+    admin_keys: ApiKeys,
+    tracing: Tracing | None,
 ) -> None:
     """Give `app` its routes, and what every request meets on its way to them and back."""
     paths = {app.openapi_url or ""}
@@ -104,7 +119,7 @@ def _dress(
 
     # From the inside to the outside.
     app.add_middleware(Head)
-    app.add_middleware(Gate, keys=keys, refuse=answer_service_error)
+    app.add_middleware(Gate, keys=keys, admin_keys=admin_keys, refuse=answer_service_error)
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 

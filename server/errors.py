@@ -5,7 +5,10 @@ ServiceError                 status  code
 │   ├── BadParameter            400  bad_parameter
 │   └── BadBody                 400  bad_body
 ├── Unauthorized                401  unauthorized
+├── AdminDisabled               403  admin_disabled          no admin keys are set
+├── PathForbidden               403  path_forbidden          of a bundle
 ├── BodyTimeout                 408  body_timeout
+├── SwapInProgress              409  swap_in_progress        one at a time
 ├── BodyTooLarge                413  too_many_bytes
 ├── TooManyImages               413  too_many_images
 ├── MediaTypeUnsupported        415  unsupported_media_type
@@ -18,6 +21,7 @@ ServiceError                 status  code
 │   ├── FormatUnsupported       415  unsupported_format
 │   └── ImageMislabelled        415  image_mislabelled
 ├── NothingReadable             422  nothing_readable        several images, and none could be read
+├── BundleNotPromoted           422  bundle_not_promoted     it was refused, or the old one is back
 ├── QueueFull                   429  queue_full              with Retry-After
 ├── EngineFailed                500  engine_failed           of one image, too
 ├── Unavailable                 503  unavailable             with Retry-After
@@ -67,6 +71,30 @@ class Unauthorized(ServiceError):
     """API keys are set, and the request carries none of them."""
 
     status, code = 401, "unauthorized"
+
+
+class AdminDisabled(ServiceError):
+    """The path is for administrators, and none has a key."""
+
+    status, code = 403, "admin_disabled"
+
+
+class PathForbidden(ServiceError):
+    """A bundle's path is outside of `bundle_root`."""
+
+    status, code = 403, "path_forbidden"
+
+
+class SwapInProgress(ServiceError):
+    """Another swap is under way."""
+
+    status, code = 409, "swap_in_progress"
+
+
+class BundleNotPromoted(ServiceError):
+    """A new bundle is not in service; the message says what is wrong with it."""
+
+    status, code = 422, "bundle_not_promoted"
 
 
 class BodyTimeout(ServiceError):

@@ -15,13 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import ServiceError, StartupError, Unauthorized
+from server.errors import AdminDisabled, ServiceError, StartupError, Unauthorized
 
 logger = logging.getLogger("ddetr.keys")
 
 # Health, and the pages, which are the same in every installation: they ask for the key and send it themselves.
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/", "/sample.jpg", "/docs"})
 OPEN_FOLDER = "/static-offline-docs/"  # the scripts of /docs
+ADMIN_FOLDER = "/admin/"  # has keys of its own, and is closed without them
 
 _CHECK_EVERY_S = 1.0
 _MOST_BYTES = 1 << 20
@@ -33,7 +34,10 @@ class ApiKeys:
     Raises StartupError if `file` cannot be read now; later such a file leaves the keys as they are.
     """
 
-    def __init__(self, keys: Sequence[SecretStr] = (), file: Path | None = None) -> None:
+    def __init__(
+        self, keys: Sequence[SecretStr] = (), file: Path | None = None, asker: str = "this server needs an API key"
+    ) -> None:
+        self._asker = asker
         self._fixed = _digests(key.get_secret_value() for key in keys)
         self._file = file
         self._digests = self._fixed
@@ -61,7 +65,7 @@ class ApiKeys:
         # Every key is compared, each in constant time: how long it takes tells nothing of which was near.
         matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
         if not any(matches):
-            raise Unauthorized("this server needs an API key: Authorization: Bearer KEY")
+            raise Unauthorized(f"{self._asker}: Authorization: Bearer KEY")
 
     def refresh(self) -> None:
         """Read the file again if it has changed. If it cannot be read, or holds no key, say so and change nothing."""
@@ -87,27 +91,41 @@ class ApiKeys:
 
 
 class Gate:
-    """ASGI middleware: without a key nobody gets past it, but to OPEN_PATHS. What it does not know is closed, too."""
+    """ASGI middleware: without a key nobody gets past it, but to OPEN_PATHS. What it does not know is closed, too.
+
+    Nobody gets to ADMIN_FOLDER without an admin key, which is all that is asked for there.
+    """
 
     def __init__(
-        self, app: ASGIApp, keys: ApiKeys, refuse: Callable[[Request, ServiceError], Awaitable[Response]]
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        admin_keys: ApiKeys,
+        refuse: Callable[[Request, ServiceError], Awaitable[Response]],
     ) -> None:
         self._app = app
         self._keys = keys
+        self._admin_keys = admin_keys
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
-        if scope["type"] == "http" and self._keys.required:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
-                try:
-                    self._keys.check(Headers(scope=scope))
-                except Unauthorized as error:
-                    response = await self._refuse(Request(scope), error)
-                    await response(scope, receive, send)
-                    return
+        if scope["type"] == "http":
+            try:
+                self._check(scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope))
+            except (Unauthorized, AdminDisabled) as error:
+                response = await self._refuse(Request(scope), error)
+                await response(scope, receive, send)
+                return
         await self._app(scope, receive, send)
+
+    def _check(self, path: str, headers: Headers) -> None:
+        if path.startswith(ADMIN_FOLDER):
+            if not self._admin_keys.required:
+                raise AdminDisabled(f"{ADMIN_FOLDER} is closed: set admin_keys (DDETR_ADMIN_KEYS) to open it")
+            self._admin_keys.check(headers)
+        elif path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            self._keys.check(headers)
 
 
 def _read(file: Path) -> tuple[bytes, ...]:

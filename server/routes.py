@@ -67,8 +67,8 @@ def build_router(service: Service) -> APIRouter:
     @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)
     async def model() -> Response:
         served = service.served
-        running = {"engine": served.engine_name, "gate": [asdict(verdict) for verdict in served.verdicts]}
-        return _json(served.manifest.model_dump(mode="json") | running)
+        running = {"engine": served.engine_name, "gate": gate_content(served)}
+        return json_response(served.manifest.model_dump(mode="json") | running)
 
     @router.get(
         "/livez",
@@ -78,7 +78,7 @@ def build_router(service: Service) -> APIRouter:
     )
     async def livez() -> Response:
         trouble = service.trouble()
-        return _json({"status": "ok"}) if trouble is None else _json({"status": trouble}, 503)
+        return json_response({"status": "ok"}) if trouble is None else json_response({"status": trouble}, 503)
 
     @router.get(
         "/readyz",
@@ -88,9 +88,9 @@ def build_router(service: Service) -> APIRouter:
     )
     async def readyz() -> Response:
         if (reason := service.why_not_ready()) is not None:
-            return _json({"status": reason}, 503)
+            return json_response({"status": reason}, 503)
         degraded = service.degraded()
-        return _json({"status": "ok"} if degraded is None else {"status": "ok", "degraded": degraded})
+        return json_response({"status": "ok"} if degraded is None else {"status": "ok", "degraded": degraded})
 
     return router
 
@@ -121,7 +121,7 @@ async def _detect(
     request.state.images = len(uploads)
     work = service.detect(uploads, options, deadline_s, ticket, served, arrived_s)
     del uploads  # each is let go as soon as it is decoded
-    outcomes = await _while_connected(request.receive, work)
+    outcomes = await while_connected(request.receive, work)
     for outcome in outcomes:
         if isinstance(outcome, ServiceError):
             service.metrics.images.labels(outcome.code).inc()
@@ -148,7 +148,7 @@ async def _detect(
     return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(request.state.times)})
 
 
-async def _while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled with ClientGone when the client closes the connection."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(receive))
@@ -169,6 +169,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+def gate_content(served: Served) -> list[dict[str, Any]]:
+    """How each engine was found right, for JSON."""
+    return [asdict(verdict) for verdict in served.verdicts]
+
+
 def error_response(request: Request, error: ServiceError) -> Response:
     """`{"error": {"code", "message"}, "request_id"}` with its status and, if it has one, its Retry-After."""
     headers = {}
@@ -179,7 +184,7 @@ def error_response(request: Request, error: ServiceError) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     content = error_content(error.code, error.message) | {"request_id": request.state.request_id}
-    return _json(content, error.status, headers)
+    return json_response(content, error.status, headers)
 
 
 def http_error_response(request: Request, error: HTTPException) -> Response:
@@ -188,10 +193,11 @@ def http_error_response(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
     request.state.error_code = code
     content = error_content(code, message) | {"request_id": request.state.request_id}
-    return _json(content, error.status_code, error.headers)
+    return json_response(content, error.status_code, error.headers)
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`content` as JSON."""
     return Response(
         orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS),
         status_code=status,

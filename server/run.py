@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 from types import FrameType
@@ -19,6 +20,7 @@ from server.logs import close_log, open_log
 from server.malloc import give_back_regularly, tame_malloc
 from server.service import Service
 from server.settings import Settings
+from server.swap import Swaps
 
 logger = logging.getLogger("ddetr.run")
 
@@ -59,21 +61,23 @@ def _serve(settings: Settings, engine: Engine | OpenEngine | None) -> int:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_ms / 1e3),
     )
-    server = _DrainingServer(config, app.state.service)
+    server = _DrainingServer(config, app.state.service, app.state.swaps)
     # uvicorn raises the signal once more when it is done, for the handler that was there before: this one, so that a
     # stop that was asked for ends with 0.
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(signal_number, lambda *_: None)
     server.run(sockets=[listener])
     return 0 if server.started else 1
 
 
 class _DrainingServer(uvicorn.Server):
-    """Closes the door at the signal, not only when the last connection has ended."""
+    """Closes the door at the signal, not only when the last connection has ended. SIGHUP: looks for a new bundle."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, swaps: Swaps) -> None:
         super().__init__(config)
         self._service = service
+        self._swaps = swaps
+        self._on_terminal = os.isatty(0)
         self._giving_back: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -86,6 +90,7 @@ class _DrainingServer(uvicorn.Server):
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS)
         self._giving_back = asyncio.create_task(give_back_regularly())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         if self.started:
             for listener in sockets or ():
                 host, port = listener.getsockname()[:2]
@@ -96,6 +101,12 @@ class _DrainingServer(uvicorn.Server):
         if self._giving_back is not None:
             self._giving_back.cancel()
         await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        if self._on_terminal and not os.isatty(0):  # its window was closed: nobody is there to stop it later
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._swaps.reload("signal")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         logger.info("%s: finishing %d images", signal.Signals(sig).name, self._service.admission.unanswered)

@@ -11,6 +11,7 @@ from server.batch_queue import PRIORITIES
 from server.errors import ServiceError
 from server.gate import Result
 from server.options import DetectOptions
+from server.swap import Cause, State
 
 
 class ModelNameSchema(BaseModel):
@@ -263,4 +264,71 @@ MODEL_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": ModelSchema},
 METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
     **_UNAUTHORIZED,
+}
+
+
+class ShadowSchema(BaseModel):
+    """What came of the live pictures that a new bundle was shown."""
+
+    compared: int
+    disagreed: int
+    failed: int
+    dropped: int = Field(description="not shown: the new engine was busy, or the picture too large to keep")
+    agreement: float = Field(description="mean share of strong detections that both bundles find")
+
+
+class SwapSchema(BaseModel):
+    """A swap to another bundle, and how far it is."""
+
+    id: str
+    path: str
+    cause: str = Field(json_schema_extra={"enum": [*get_args(Cause)]})
+    state: str = Field(json_schema_extra={"enum": [*get_args(State)]})
+    reason: str | None = Field(description="why the bundle is not in service")
+    model: ModelNameSchema | None
+    gate: list[GateSchema]
+    shadow: ShadowSchema | None
+    began_at: float = Field(description="seconds since 1970")
+    ended_at: float | None
+
+
+class InServiceSchema(BaseModel):
+    """The bundle that new requests are answered by."""
+
+    path: str | None
+    model: ModelNameSchema
+    engine: str
+    gate: list[GateSchema]
+
+
+class SwapsSchema(BaseModel):
+    """The answer of GET /admin/bundle."""
+
+    in_service: InServiceSchema
+    busy: bool
+    swaps: list[SwapSchema] = Field(description="the newest first")
+
+
+_ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": RefusalSchema, "description": "an admin key is needed"}
+}
+
+ADMIN_GET_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": SwapsSchema}, **_ADMIN_ERRORS}
+
+ADMIN_POST_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": SwapSchema, "description": "with wait: the bundle is in service, and the one before is gone"},
+    202: {"model": SwapSchema, "description": "begun"},
+    **_ADMIN_ERRORS,
+    **{
+        status: {"model": RefusalSchema, "description": text}
+        for status, text in {
+            400: _ERRORS[400],
+            403: "the path is outside of bundle_root",
+            408: _ERRORS[408],
+            409: "another swap is under way",
+            413: "too many bytes",
+            422: "with wait: the bundle is not in service; the message says why",
+            503: "draining",
+        }.items()
+    },
 }

@@ -18,7 +18,7 @@ from server.metrics import Metrics
 from server.preprocess import PreparedImage
 from server.settings import Settings
 
-_LEAST_FAILURES = 3  # one picture that no engine takes, and its sender's two further tries, condemn no bundle
+LEAST_FAILURES = 3  # one picture that no engine takes, and its sender's two further tries, condemn no bundle
 _CLOSE_S = 10.0  # longest wait for engines to give their memory back
 
 
@@ -130,7 +130,7 @@ class Served:
         if not self.batcher.works:
             return "its engine died or hung"
         images = self.answered + self.failed
-        if self.failed >= _LEAST_FAILURES and self.failed > self._error_share * images:
+        if self.failed >= LEAST_FAILURES and self.failed > self._error_share * images:
             return f"its engine failed on {self.failed} of {images} images"
         return None
 

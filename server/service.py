@@ -29,6 +29,7 @@ from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
 from server.served import Opened, Served
 from server.settings import Settings
+from server.shadow import Copy, Shadow
 from server.timing import StageTimes
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ class Service:
         self.clock = clock
         self.served = Served(opened, settings, metrics, clock)
         """What new requests are answered by."""
+        self.shadow: Shadow | None = None
+        """What live pictures are shown to as well, while a new bundle is tried."""
         self._beside: list[Served] = []  # what others may still be answered by, or again
         self._limits = Limits(
             images=settings.queue_limit,
@@ -187,17 +190,22 @@ class Service:
         wanted_ids = category_ids(options.classes, served.manifest.categories)
 
         async def detect_one(upload: bytes | ImageError, place: Place) -> Outcome:
+            copy = None if self.shadow is None else self.shadow.want()
             try:
                 if isinstance(upload, ImageError):
                     raise upload
-                image = await self._prepare(upload, served.manifest, deadline_s, came_s, admitted_s)
+                image = await self._prepare(upload, served.manifest, copy, deadline_s, came_s, admitted_s)
                 del upload
                 place.decoded(image.canvas)
                 inferred = await served.infer(image, deadline_s, place.dispatched, ticket.priority)
+                if copy is not None:
+                    copy.show(inferred.raw, served.manifest.categories)
             except ServiceError as error:
                 return error
             finally:
                 place.leave()
+                if copy is not None:
+                    copy.leave()
             detections = postprocess(
                 inferred.raw,
                 image.width,
@@ -240,7 +248,13 @@ class Service:
         return await self._decoders.decode(upload, draw, more_bytes_a_pixel=_DRAWING_BYTES)
 
     async def _prepare(
-        self, upload: bytes, manifest: Manifest, deadline_s: float, arrived_s: float, admitted_s: float
+        self,
+        upload: bytes,
+        manifest: Manifest,
+        copy: Copy | None,
+        deadline_s: float,
+        arrived_s: float,
+        admitted_s: float,
     ) -> PreparedImage:
         def check() -> None:
             if self.clock() >= deadline_s:
@@ -248,6 +262,8 @@ class Service:
 
         def prepare(picture: Pixels) -> PreparedImage:
             decoded_s = self.clock()
+            if copy is not None:
+                copy.keep(picture)
             pixels, canvas = preprocess(picture, manifest)
             times = StageTimes(
                 admit=(admitted_s - arrived_s) * 1e3,
