@@ -89,6 +89,7 @@ class FakeCuda:
         self._streams: dict[int, Stream] = {}
         self._events: dict[int, Operation | None] = {}
         self._graphs: dict[int, list[tuple[Callable[[], None], list[Access]]]] = {}
+        self._launched: dict[int, Operation] = {}  # the newest of each graph
         self._next_address = 0x7000_0000_0000
         self._next_handle = 100
         self._host_clock: dict[int, int] = {}
@@ -199,15 +200,16 @@ class FakeCuda:
         if graph not in self._graphs:
             self.violate(f"graph {graph} is not there")
         self.graphs_launched += 1
-        parts = self._graphs[graph]
-        for work, accesses in parts:
+        for work, accesses in self._graphs[graph]:
             fresh = [Access(each.block, each.begin, each.end, each.writes) for each in accesses]
-            self._give(stream, work, fresh)
+            self._launched[graph] = self._give(stream, work, fresh)
 
     def free_graph(self, graph: int) -> None:
         self._begin("free_graph")
         if self._graphs.pop(graph, None) is None:
             self.violate(f"graph {graph} is freed, and not there")
+        if graph in self._launched and not self._launched.pop(graph).done:
+            self.violate(f"graph {graph} is freed while it runs")
 
     # --- what TensorRT's double and the tests call ---
 
@@ -541,7 +543,8 @@ class ICudaEngine:
     def create_execution_context(self, strategy: Any = ExecutionContextAllocationStrategy.STATIC) -> Any:
         if isinstance(strategy, IRuntimeConfig):
             strategy = strategy.get_execution_context_allocation_strategy()
-        return IExecutionContext(self._trt, self._plan, self, strategy)
+        kind = RtxExecutionContext if hasattr(self._trt, "IRuntimeCache") else IExecutionContext
+        return kind(self._trt, self._plan, self, strategy)
 
 
 class IExecutionContext:
@@ -596,9 +599,6 @@ class IExecutionContext:
     def infer_shapes(self) -> list[str]:
         return [name for name in ("images", "sizes") if name not in self._shapes]
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self._plan.capturable
-
     def execute_async_v3(self, stream_handle: int) -> bool:
         cuda = self._cuda
         if cuda.fails("execute_async_v3") is not None:
@@ -649,6 +649,11 @@ class IExecutionContext:
             tuple(sorted(self._addresses.items())),
             self._memory,
         )
+
+
+class RtxExecutionContext(IExecutionContext):
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._plan.capturable
 
 
 def bright_boxes(images: Any, sizes: Any, detections: int, plan: Plan) -> tuple[Any, Any, Any]:

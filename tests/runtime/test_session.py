@@ -114,6 +114,31 @@ def test_batches_taken_back_never_hold_one_up(open_session: Open) -> None:
         check(session.fetch(session.run(staged(session, given))), given)
 
 
+def test_a_place_is_free_once_its_batch_is_queued(open_session: Open) -> None:
+    session = open_session()
+    kept = []  # as a traceback may keep them
+    for seed in range(5):
+        kept.append(staged(session, batch(seed, 2)))
+        check(session.fetch(session.run(kept[-1])), batch(seed, 2))
+    assert all(each.slot is not None for each in kept)
+
+
+def test_a_kind_may_be_dropped_behind_an_answer_that_nobody_fetched(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.session.MOST_PROGRAMS", 1)
+    session = open_session()
+    session.warm(1, 64, 96)
+    session.run(staged(session, batch(1, 1)))
+    check(session.infer(*batch(2, 2)), batch(2, 2))
+
+
+def test_closing_waits_for_a_batch_that_was_never_run(open_session: Open) -> None:
+    session = open_session()
+    staged(session, batch(1, 4))
+    session.close()
+
+
 def test_a_batch_runs_once(open_session: Open) -> None:
     session = open_session()
     ready = staged(session, batch(1, 1))
@@ -170,8 +195,8 @@ def test_opening_that_fails_gives_everything_back(open_session: Open, cuda: Fake
 def test_a_batch_that_could_not_be_queued_leaves_the_rest_in_order(open_session: Open, cuda: FakeCuda) -> None:
     session = open_session()
     check(session.infer(*batch(1, 2)), batch(1, 2))
-    for call in ("execute_async_v3", "on_gpu", "to_host"):
-        cuda.fail(call, CudaFailed(call), 1)
+    for call, nth in (("execute_async_v3", 1), ("on_gpu", 1), ("record", 2), ("to_host", 1), ("record", 3)):
+        cuda.fail(call, CudaFailed(call), nth)
         with pytest.raises(CudaFailed, match=call if call != "execute_async_v3" else "did not queue"):
             session.infer(*batch(2, 3))
         for seed in range(3):
@@ -246,8 +271,10 @@ def test_an_engine_of_something_else_is_refused(open_session: Open, plan: Plan, 
 def test_a_thread_names_its_gpu_first(open_session: Open) -> None:
     session = open_session()
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(session.infer(*batch(1, 1))))
-    thread.start()
-    thread.join()
+    ready = staged(session, batch(1, 1))
+    for work in (lambda: session.run(ready), lambda: answers.append(session.fetch(ready)), session.close):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
     check(answers[0], batch(1, 1))
     assert answers[0].labels.dtype == np.int64
