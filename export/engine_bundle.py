@@ -1,7 +1,7 @@
 """A checkpoint into a bundle with a TensorRT engine, in steps that are kept: what `ddetr build` does.
 
-The output is written beside its place and renamed, in the last step. The engine's own answers are not compared here:
-that takes the GPU it was built for.
+The output is written beside its place and renamed, in the last step. The engine's own answers are held against the
+bundle's proof where this machine has a GPU that it runs on; elsewhere the server that loads it does so.
 """
 
 import copy
@@ -16,23 +16,26 @@ import onnx
 
 import plugins
 from bundle import Bundle, Canvas, EngineProfile, EngineRecord, ParityRecord, read_bundle, write_bundle
-from bundle.reader import CHECKPOINT_FILE, MANIFEST_FILE, ONNX_FILE, sha256_of
+from bundle.reader import CHECKPOINT_FILE, MANIFEST_FILE, ONNX_FILE, PROOF_FILE, sha256_of
 from bundle.writer import check_place
 from export import op
 from export.build import Parsed, Profile, build, parse
 from export.build_errors import OtherModel, check_room
+from export.engine_gate import CannotRun, gate_engine, gpu_for, parity_records
 from export.flavour import FLAVOURS
 from export.half_parity import verify_half
 from export.layers import LayersWrong, check_layers, described, from_json, to_json
 from export.onnx_export import ExportError, export, variant_of
 from export.onnx_export import Request as ExportRequest
 from export.precision import to_half
+from export.proof import make_proof
 from export.steps import Say, Steps, alone_in, replace_file
 from export.trace import trace
 from export.verify import verify
 from models import DeformableDetr, load_checkpoint, save_checkpoint
+from parity.proof import proof_bytes, proof_from
 
-STEPS = ("load", "bundle", "trace", "verify", "build", "check", "publish")
+STEPS = ("load", "bundle", "trace", "verify", "build", "check", "gate", "publish")
 WEIGHTS_FILE, BUNDLE_FOLDER = "weights.safetensors", "bundle"
 _PROGRAMS = ("torch", "onnx", "onnxscript", "onnxruntime")
 _CODE = Path(__file__).resolve().parents[1]
@@ -141,11 +144,13 @@ class _Build:
                 f"the bundle serves the canvases {', '.join(map(str, canvases))}, asked for were "
                 f"{', '.join(map(str, self.request.canvases))}: an engine has those of its bundle (or --replace it)"
             )
+        proof = self.proof(base, loaded)
         graph = self.trace(loaded)
         parity = self.verify(loaded, graph, canvases)
         built = self.build(graph, canvases)
         self.check(graph, built)
-        return self.publish(base, loaded, graph, parity, built)
+        record = self.gate(self.record(base, graph, parity, built), proof)
+        return self.publish(base, loaded, record)
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, whatever its form, as one file of weights."""
@@ -200,6 +205,21 @@ class _Build:
         inputs["asked"] = repr((request.name, request.model_version, request.with_checkpoint))
         self.step("bundle", inputs, work, [f"{BUNDLE_FOLDER}/{name}" for name in (MANIFEST_FILE, ONNX_FILE)])
         return read_bundle(folder)
+
+    def proof(self, base: Bundle, loaded: dict[str, Any]) -> Path:
+        """The base bundle's proof, made now for one that was exported without."""
+        if "proof" in base.manifest.hashes:
+            return base.path / PROOF_FILE
+        canvases, detections = base.manifest.canvases, base.manifest.max_detections
+
+        def work() -> dict[str, Any]:
+            proof = make_proof(self.model, canvases, detections, self.step.detail)
+            replace_file(self.step.folder / PROOF_FILE, proof_bytes(proof))
+            return {"line": f"{PROOF_FILE}, which it had not"}
+
+        inputs = {"weights": loaded["weights"], "canvases": repr(canvases), "detections": detections, "code": self.code}
+        self.step("bundle", inputs, work, [PROOF_FILE], of="proof")
+        return self.step.folder / PROOF_FILE
 
     def trace(self, loaded: dict[str, Any]) -> dict[str, Any]:
         """The engine's graph, in the precision asked for; its order of operations is the GPU's, not the CPU's."""
@@ -305,15 +325,10 @@ class _Build:
         inputs = {"engine": sha256_of(path), "attentions": graph["attentions"], "precision": self.request.precision}
         self.step("check", {**inputs, "code": self.code}, work, of=self.engine_file)
 
-    def publish(
-        self,
-        base: Bundle,
-        loaded: dict[str, Any],
-        graph: dict[str, Any],
-        parity: Sequence[ParityRecord],
-        built: dict[str, Any],
-    ) -> Bundle:
-        """The base bundle's files and the engine in the output, unless it is there already."""
+    def record(
+        self, base: Bundle, graph: dict[str, Any], parity: Sequence[ParityRecord], built: dict[str, Any]
+    ) -> EngineRecord:
+        """What the manifest is to say of the engine."""
         request, path = self.request, self.step.folder / self.engine_file
         profiles = tuple(
             EngineProfile(
@@ -321,7 +336,7 @@ class _Build:
             )
             for canvas in base.manifest.canvases
         )
-        record = EngineRecord(
+        return EngineRecord(
             file=self.engine_file,
             flavour="rtx" if request.flavour == "rtx" else "tensorrt",
             arch=self.arch,
@@ -333,9 +348,41 @@ class _Build:
             hashes={"graph": graph["graph"], "plugin": built["plugin"]},
             graph_parity=tuple(parity),
         )
+
+    def gate(self, record: EngineRecord, proof: Path) -> EngineRecord:
+        """The record with what the gate measured, or as it was where the engine cannot be run here."""
+        path = self.step.folder / self.engine_file
+        try:
+            gpu = gpu_for(record)
+            where, unable = f"{gpu.name}, {gpu.arch}", ""
+        except CannotRun as error:
+            gpu, where, unable = None, "", str(error)
+
+        def work() -> dict[str, Any]:
+            found: list[ParityRecord] = []
+            why = unable
+            if gpu is not None:
+                try:
+                    report = gate_engine(path, record, proof_from(proof.read_bytes()), gpu.index, self.step.detail)
+                except CannotRun as error:
+                    why = str(error)
+                else:
+                    found = list(parity_records(report, record.file))
+                    line = f"answers as PyTorch does on {len(report.rows)} pictures in {report.seconds:.1f} s, {where}"
+                    return {"parity": [one.model_dump(mode="json") for one in found], "line": line}
+            return {"parity": [], "line": f"NOT RUN HERE: {why}; a server holds it against the proof before serving it"}
+
+        inputs = {"engine": record.sha256, "proof": sha256_of(proof), "where": where, "unable": unable}
+        result = self.step("gate", {**inputs, "code": self.code}, work, of=self.engine_file)
+        return record.model_copy(update={"parity": tuple(ParityRecord.model_validate(one) for one in result["parity"])})
+
+    def publish(self, base: Bundle, loaded: dict[str, Any], record: EngineRecord) -> Bundle:
+        """The base bundle's files and the engine in the output, unless it is there already."""
+        request, path = self.request, self.step.folder / self.engine_file
         carried = not request.with_checkpoint or base.checkpoint_path is not None
         line = f"{self.output}: {base.manifest.model.name} {base.manifest.model.version}, "
-        if base.path.resolve() == self.output and record in base.manifest.engines and carried:
+        proven = "proof" in base.manifest.hashes
+        if base.path.resolve() == self.output and record in base.manifest.engines and carried and proven:
             self.step("publish", {"record": record.model_dump_json()}, lambda: {"line": f"{line}there already"})
             return base
         others = tuple(engine for engine in base.manifest.engines if engine.file != record.file)
@@ -344,6 +391,8 @@ class _Build:
             file.name: file for file in base.path.iterdir() if file.is_file() and file.name != MANIFEST_FILE
         }
         files[record.file] = path
+        if not proven:
+            files[PROOF_FILE] = self.step.folder / PROOF_FILE
         if not carried:
             files[CHECKPOINT_FILE] = self.step.folder / WEIGHTS_FILE
 

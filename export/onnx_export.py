@@ -27,12 +27,14 @@ from bundle import (
     resized_size,
     write_bundle,
 )
-from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, sha256_of
+from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, PROOF_FILE, sha256_of
 from bundle.writer import check_place
+from export.proof import check_proof, make_proof
 from export.pyramid import pyramid_pixels
 from export.trace import TraceError, trace
 from export.verify import MAX_BOX_ERROR, MAX_SCORE_ERROR, ParityError, verify
 from models import VARIANTS, CheckpointError, DeformableDetr, DeformableDetrConfig, load_checkpoint, save_checkpoint
+from parity.proof import proof_bytes
 
 # What two networks of one variant may differ in.
 _NOT_STRUCTURE = {
@@ -65,7 +67,7 @@ class Request:
 
 
 def export(request: Request, say: Say = lambda _: None) -> Bundle:
-    """load -> trace -> verify -> publish. Until the last step nothing is written to the output.
+    """load -> trace -> verify -> prove -> publish. Until the last step nothing is written to the output.
 
     Raises what the steps raise: FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError.
     """
@@ -85,12 +87,16 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
     say(f"         {len(proto.graph.node)} nodes, {nodes} of them MSDeformAttn; {len(content) / 2**20:.1f} MiB")
     with step("verify"):
         parity = verify(model, proto, _two_of(canvases), _table(say))
+    with step("prove"):
+        proof = make_proof(model, canvases, max_detections_of(proto), lambda line: say(f"         {line}"))
+        check_proof(proof, proto)
     with step("publish"), tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / CHECKPOINT_FILE
         save_checkpoint(model, checkpoint)
         manifest = _manifest(request, model, proto, canvases, parity, checkpoint_hash=sha256_of(checkpoint))
         files: dict[str, Path | bytes] = {path.name: path for path in request.attach}
         files[ONNX_FILE] = content
+        files[PROOF_FILE] = proof_bytes(proof)
         if request.with_checkpoint:
             files[CHECKPOINT_FILE] = checkpoint
         written = write_bundle(request.output, manifest, files)
@@ -148,7 +154,6 @@ def _manifest(
 ) -> Manifest:
     config = model.config
     variant = variant_of(config)
-    scores = next(value for value in proto.graph.output if value.name == "scores")
     ids = config.category_ids or tuple(range(config.num_classes))
     names = config.category_names or tuple(f"class {index}" for index in range(config.num_classes))
     built_with = {program: importlib.metadata.version(program) for program in _PROGRAMS}
@@ -160,11 +165,17 @@ def _manifest(
         canvases=canvases,
         mean=config.pixel_mean,
         std=config.pixel_std,
-        max_detections=scores.type.tensor_type.shape.dim[1].dim_value,
+        max_detections=max_detections_of(proto),
         hashes={"checkpoint": checkpoint_hash},
         built_with={**built_with, "python": platform.python_version()},
         parity=parity,
     )
+
+
+def max_detections_of(proto: onnx.ModelProto) -> int:
+    """K of a served graph."""
+    scores = next(value for value in proto.graph.output if value.name == "scores")
+    return int(scores.type.tensor_type.shape.dim[1].dim_value)
 
 
 def variant_of(config: DeformableDetrConfig) -> str:

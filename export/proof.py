@@ -5,15 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx
 from torch import Tensor
 
+import plugins
 from bundle import Canvas
 from export.precision import halved_layers
 from export.signatures import SIGNATURES, with_fault
-from export.verify import Answers, pytorch_answers
+from export.trace import OUTPUTS
+from export.verify import Answers, ParityError, probing_session, pytorch_answers
 from export.verify import Pictures as Batch
 from models import DeformableDetr
-from parity import Expected, Pictures, Proof, limits_for
+from parity import Expected, Pictures, Proof, limits_for, run_gate
 from parity.compare import Answer, compare, match
 from parity.gate import FIGURE_NAMES
 from parity.limits import MEASURED
@@ -57,6 +60,20 @@ def make_proof(
     said = ", ".join(f"{FIGURE_NAMES[name]} {value:.1e}" for name, value in half.items())
     progress(f"half precision in this network: {said}")
     return Proof(tuple(parts), detections, tuple(ids), half)
+
+
+def check_proof(proof: Proof, proto: onnx.ModelProto) -> None:
+    """Hold the served graph, in ONNX Runtime, against one picture of each canvas. Raises ParityError."""
+    session = probing_session(proto, plugins.onnxruntime_library())
+    report = run_gate(
+        lambda images, sizes: session.run(list(OUTPUTS), {"images": images, "sizes": sizes}),
+        proof,
+        "fp32",
+        (1,),
+        rounds=1,
+    )
+    if not report.passed:
+        raise ParityError(f"the graph does not pass the proof made for it: {'; '.join(report.failures[:3])}")
 
 
 def _untied(model: DeformableDetr, canvas: Canvas, index: int, first_seed: int) -> tuple[int, Answers, float]:

@@ -13,7 +13,7 @@ Array = NDArray[np.float32]
 FARTHEST = 0.5
 """How far a box may stick out of its image: centre and sides are each in 0..1."""
 SLACK = 1e-3  # of half precision in that sum
-LEAST_PAIRS = 20  # for a correlation that says something
+LEAST_BOXES = 20  # for a correlation that says something
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Figures:
     and score, least IoU. strays: detections without a partner, of the engine's or of PyTorch's, whichever are more.
     mislabelled: those of the engine's strays that pair once labels are left out. curve: the mean difference of the
     k-th best scores. compared: detections of PyTorch that had to be found; paired: those that were. counted: the
-    detections that strays are a part of. signature: the largest correlation of the box errors with those of a known
-    fault, `fault`.
+    detections that strays are a part of. signature: how much of a known fault, `fault`, is in the box errors,
+    0 to 1.
     """
 
     faults: tuple[str, ...] = ()
@@ -164,11 +164,13 @@ def _mislabelled(got: Answer, want: Expected, limits: Limits, lonely: NDArray[np
 
 
 def _signature(got: Answer, want: Expected, pairs: NDArray[np.int64]) -> tuple[float, str]:
-    """The known fault that the box errors correlate with most, and by how much."""
-    if len(pairs) < LEAST_PAIRS:
+    """The known fault of which the box errors hold most, and how much, 0 to 1."""
+    _, once = np.unique(want.boxes[pairs[:, 1]], axis=0, return_index=True)  # a box has several labels
+    pairs = pairs[once]
+    if len(pairs) < LEAST_BOXES:
         return 0.0, ""
     error = _bounded(got.boxes[pairs[:, 0]] - want.boxes[pairs[:, 1]])
-    found = {fault: _correlation(error, _bounded(moved[pairs[:, 1]])) for fault, moved in want.signatures.items()}
+    found = {fault: _share(error, _bounded(moved[pairs[:, 1]])) for fault, moved in want.signatures.items()}
     return max(((value, fault) for fault, value in found.items()), default=(0.0, ""))
 
 
@@ -179,6 +181,7 @@ def _bounded(moved: Array) -> Array:
     return bounded
 
 
-def _correlation(a: Array, b: Array) -> float:
-    size = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / size if size else 0.0
+def _share(error: Array, fault: Array) -> float:
+    """The correlation of the two, or how much of `fault` there is in `error`, whichever is less."""
+    both, errors, faults = (float((a * b).sum()) for a, b in ((error, fault), (error, error), (fault, fault)))
+    return min(both / (errors * faults) ** 0.5, both / faults) if errors > 0 and faults > 0 else 0.0

@@ -157,7 +157,7 @@ def failures_of(figures: Figures, limits: Limits) -> list[str]:
         if not found <= limit:
             said.append(f"{words} {found:.2g}, limit of one picture {limit:.2g}")
     if not figures.signature <= SIGNATURE:
-        said.append(f"signature of {figures.fault}: correlation {figures.signature:.2f}, limit {SIGNATURE:g}")
+        said.append(f"signature of {figures.fault}: {figures.signature:.2f} of it, limit {SIGNATURE:g}")
     return said
 
 
