@@ -6,24 +6,28 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from bundle import Bundle, write_bundle
+from bundle import Bundle, ModelName, write_bundle
 from tests.server.fake_engine import BRIGHT, MANIFEST
 
 LABEL = 2
 SCORE = 0.75
 
 
-def write_tiny_bundle(folder: Path) -> Bundle:
-    """Write the bundle, with MANIFEST's rule and canvases, into `folder`."""
-    return write_bundle(folder, MANIFEST, {"model.onnx": tiny_model().SerializeToString()})
+def write_tiny_bundle(
+    folder: Path, version: str = MANIFEST.model.version, label: int = LABEL, *, bright: int = BRIGHT, proof: bytes = b""
+) -> Bundle:
+    """Write the bundle, with MANIFEST's rule and canvases, into `folder`. It labels what is brighter than `bright`."""
+    manifest = MANIFEST.model_copy(update={"model": ModelName(name=MANIFEST.model.name, version=version)})
+    files = {"model.onnx": tiny_model(label, bright).SerializeToString()} | ({"proof.npz": proof} if proof else {})
+    return write_bundle(folder, manifest, files)
 
 
-def tiny_model() -> onnx.ModelProto:
+def tiny_model(label: int = LABEL, bright: int = BRIGHT) -> onnx.ModelProto:
     """images uint8 [N,H,W,3], sizes int64 [N,2] -> boxes [N,1,4], scores [N,1], labels [N,1]."""
     constants = {
-        "bright": np.array(BRIGHT, np.float32),
+        "bright": np.array(bright, np.float32),
         "score": np.array(SCORE, np.float32),
-        "label": np.array(LABEL, np.int64),
+        "label": np.array(label, np.int64),
         "one": np.array(1, np.int64),
         "axis_1": np.array([1], np.int64),
         "axis_2": np.array([2], np.int64),
