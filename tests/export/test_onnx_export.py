@@ -149,7 +149,7 @@ def test_the_manifest_says_what_was_exported(exported: Callable[[str], Exported]
     assert manifest.canvases == CANVASES
     assert (manifest.max_detections, manifest.precision) == (48, "fp32")
     assert manifest.built_with["torch"] == torch.__version__
-    assert set(manifest.hashes) == {"onnx", "checkpoint"}
+    assert set(manifest.hashes) == {"onnx", "checkpoint", "proof"}
     assert done.bundle.checkpoint_path is None
     figures = "\n".join(done.said)
     for record in manifest.parity:
