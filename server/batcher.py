@@ -79,6 +79,11 @@ class Batcher:
         return "; ".join(dict.fromkeys(lane.engine_name for lane in self._lanes))
 
     @property
+    def losses(self) -> int:
+        """How often an engine died or hung."""
+        return sum(lane.losses for lane in self._lanes)
+
+    @property
     def opening_failed(self) -> str | None:
         """Why an engine that was lost could not be opened again, if that was tried in vain."""
         return next((lane.opening_failed for lane in self._lanes if lane.opening_failed is not None), None)

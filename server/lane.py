@@ -82,6 +82,8 @@ class Lane:
         self.opening_failed: str | None = None
         """Why the engine could not be opened again, since that was last tried in vain."""
         self.engine_name = engine.name
+        self.losses = 0
+        """How often an engine died or hung here."""
         self.got_on_s = clock()
         """When the engine last began or answered something, died or came back."""
         self._name = name
@@ -231,6 +233,7 @@ class Lane:
     def _replace(self, reason: RestartReason, why: str) -> None:
         logger.error("%s %s: %s", self._name, reason, why)
         self._metrics.engine_restarts.labels(reason).inc()
+        self.losses += 1
         self.up = False
         self._lost_at_s = self._clock()
         self._runner.out_of_service = True

@@ -127,7 +127,7 @@ class Served:
 
     def suspicion(self) -> str | None:
         """Why it should not stay in service, if something else could take its place; None if all is well."""
-        if not self.batcher.works:
+        if self.batcher.losses:
             return "its engine died or hung"
         images = self.answered + self.failed
         if self.failed >= LEAST_FAILURES and self.failed > self._error_share * images:
