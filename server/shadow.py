@@ -62,10 +62,10 @@ class Shadow:
 
     def want(self) -> Copy | None:
         """A place for the picture that comes now, if it is one to show and there is room. For the event loop."""
-        self._due += self._percent / 100
-        if self._due < 1:
+        self._due += self._percent
+        if self._due < 100:
             return None
-        self._due -= 1
+        self._due -= 100
         if not self._stopped and self._free.acquire(blocking=False):
             return Copy(self)
         self._drop()
