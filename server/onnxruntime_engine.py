@@ -30,7 +30,7 @@ _ERRORS_ONLY = 3
 def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
     """On the GPU, then on the CPU, as far as the settings allow either."""
     ways: list[Candidate | PassedOver] = []
-    graphs = {"fp32": bundle.onnx_path, "int8": getattr(bundle, "int8_path", None)}
+    graphs = {"fp32": bundle.onnx_path, "int8": bundle.int8_path}
     precision = "fp32" if settings.precision == "auto" else settings.precision
     graph = graphs.get(precision)
     for provider, name in _PROVIDERS.items():

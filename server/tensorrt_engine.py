@@ -57,14 +57,13 @@ class TensorRTEngine:
         settings: Settings,
         record: EngineRecord,
         gpu: Gpu,
-        session: TensorRTSession | None = None,
     ) -> None:
-        """Raises StartupError. `session`: already open, it is the engine's from now on."""
+        """Raises StartupError."""
         self.manifest: Manifest = bundle.manifest
         path = bundle.path / record.file
         began_s = time.monotonic()
         try:
-            self._session = session or _open(path, record, gpu)
+            self._session = _open(path, record, gpu)
         except RuntimeUnavailable as error:
             raise StartupError(str(error)) from error
         try:

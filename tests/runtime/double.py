@@ -81,6 +81,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self._failing: dict[str, tuple[Exception, int]] = {}
+        self._broken: tuple[int | None, str, Exception | None] = (None, "", None)
         self.violations: list[str] = []
         self.graphs_launched = 0
         self._lock = threading.RLock()  # one call at a time
@@ -217,8 +218,15 @@ class FakeCuda:
         """The nth call of this name from now on raises, once."""
         self._failing[call] = (error, nth)
 
+    def fail_on(self, device: int | None, call: str, error: Exception | None) -> None:
+        """Every call of this name from a thread that works on this GPU raises, from now on."""
+        self._broken = (device, call, error)
+
     def fails(self, call: str) -> Exception | None:
         """What this call raises."""
+        device, name, broken = self._broken
+        if device is not None and (device, name) == (getattr(self._thread, "device", None), call):
+            return broken
         error, left = self._failing.pop(call, (None, 0))
         if error is not None and left > 1:
             self._failing[call] = (error, left - 1)

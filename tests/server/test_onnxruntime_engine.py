@@ -2,15 +2,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 import plugins
 from bundle import Bundle, Canvas, write_bundle
 from server.app import create_app
-from server.engine import RawDetections, open_engine, run_engine
+from server.engine import RawDetections, candidates, open_engine, run_engine
 from server.errors import StartupError
-from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.onnxruntime_engine import OnnxRuntimeEngine, has_cuda_kernel
 from server.preprocess import Pixels
 from server.settings import Settings
 from tests.server.fake_engine import MANIFEST, FakeEngine, box_of_bright
@@ -147,3 +148,52 @@ def test_answers_that_are_not_finite_are_errors(value: float) -> None:
 
     with pytest.raises(ValueError, match="not finite"):
         run_engine(Infinite(), [image(1, 64, 96)], WIDE)
+
+
+def test_inputs_bound_to_a_device_give_the_same_answers(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU: inputs copied when they are prepared, outputs bound. Here the device is the CPU."""
+    settings = Settings(bundle=tiny_bundle.path, device="cpu")
+    plain, bound = (OnnxRuntimeEngine(tiny_bundle, settings) for _ in range(2))
+    monkeypatch.setattr(bound, "_placed", ("cpu", 0))
+    images = [image(seed, 64, 90) for seed in range(3)]
+    ahead = bound.prepare(images[:2], WIDE)
+    other = bound.prepare(images[2:], WIDE)  # prepared while the first is not run yet
+    for prepared, given in ((ahead, images[:2]), (other, images[2:])):
+        raw, wanted = bound.finish(bound.infer(prepared)), run_engine(plain, given, WIDE)
+        for name in ("boxes", "scores", "labels"):
+            np.testing.assert_array_equal(getattr(raw, name), getattr(wanted, name))
+
+
+def test_a_device_that_onnxruntime_does_not_take_is_an_error(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on, on the CPU, and say so in its own log alone."""
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr("server.onnxruntime_engine.has_cuda_kernel", lambda _: False)
+    session = ort.InferenceSession
+    monkeypatch.setattr(
+        "onnxruntime.InferenceSession", lambda graph, options, _: session(graph, options, ["CPUExecutionProvider"])
+    )
+    with pytest.raises(StartupError, match=r"cuda:1: ONNX Runtime .* could not use it, and took CPUExecutionProvider"):
+        open_engine(Settings(bundle=tiny_bundle.path, device="cuda:1", engine="onnxruntime"), tiny_bundle)
+    engine = open_engine(Settings(bundle=tiny_bundle.path, engine="onnxruntime"), tiny_bundle)
+    assert " on cpu" in engine.name, "the next best, where the device may be chosen"
+
+
+def test_the_library_tells_whether_it_has_the_kernel_for_cuda(tmp_path: Path) -> None:
+    (tmp_path / "libother.so").write_bytes(b"not a library")
+    assert not has_cuda_kernel(tmp_path / "libother.so")
+    library, cuda = plugins.onnxruntime_library(), plugins.cuda_library()
+    if library is None:
+        pytest.skip("the native library is not built")
+    assert has_cuda_kernel(library) == (cuda is not None), "both are built where nvcc is"
+
+
+def test_the_precision_asked_for(tiny_bundle: Bundle) -> None:
+    settings = Settings(bundle=tiny_bundle.path, device="cpu", precision="int8")
+    with pytest.raises(StartupError, match="onnxruntime on cpu: the bundle has no graph of precision int8 for it"):
+        candidates(settings, tiny_bundle)
+    [found] = candidates(Settings(bundle=tiny_bundle.path, device="cpu", precision="fp32"), tiny_bundle)
+    assert (found.name, found.precision) == ("onnxruntime on cpu", "fp32")
