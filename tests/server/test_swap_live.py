@@ -1,0 +1,152 @@
+"""Twenty swaps between two real bundles, over real sockets, under load."""
+
+import gc
+import http.client
+import json
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+
+from parity.proof import proof_bytes
+from server.app import create_app
+from server.malloc import give_back
+from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.settings import Settings
+from tests.server.live import live
+from tests.server.pictures import RED, encode, rectangle
+from tests.server.proofs import proof_by
+from tests.server.tiny_bundle import write_tiny_bundle
+
+SWAPS = 20
+CLIENTS = 4
+LABELS = {"a": 1, "b": 2}
+NAMES = {"a": "red", "b": "green"}
+MOST_GROWTH_MB = 25.0  # measured below 6; a session that stays costs 2, and its two threads' heaps more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two good bundles with proofs, and three bad ones."""
+    folder = tmp_path_factory.mktemp("live")
+    proofs = {}
+    for version, label in LABELS.items():
+        engine = OnnxRuntimeEngine(
+            write_tiny_bundle(folder / version, version, label), Settings(bundle=folder / version, device="cpu")
+        )
+        proofs[version] = proof_bytes(proof_by(engine))
+        engine.close()
+        write_tiny_bundle(folder / version, version, label, proof=proofs[version])
+    write_tiny_bundle(folder / "wrong", "wrong", LABELS["b"], proof=proofs["a"])
+    write_tiny_bundle(folder / "spoilt", "spoilt", proof=proofs["a"])
+    (folder / "spoilt" / "model.onnx").write_bytes(b"x")
+    (folder / "empty").mkdir()
+    return folder
+
+
+class Client(threading.Thread):
+    """Asks and asks, over one connection, and notes what is not right."""
+
+    def __init__(self, port: int, stop: threading.Event) -> None:
+        super().__init__()
+        self.answers: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._port = port
+        self._stopping = stop
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        picture = encode(rectangle(RED))
+        while not self._stopping.is_set():
+            try:
+                connection.request("POST", "/detect", picture, {"Content-Type": "image/png"})
+                response = connection.getresponse()
+                body = response.read()
+                content = json.loads(body)
+                version = content["model"]["version"]
+                labels = [found["label"] for image in content["images"] for found in image["detections"]]
+            except Exception as error:
+                self.wrong.append(repr(error))
+                return
+            if response.status != 200 or labels != [NAMES.get(version)]:
+                self.wrong.append(body.decode()[:300])
+            self.answers[version] += 1
+        connection.close()
+
+
+def post(port: int, path: Path) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": "application/json", "X-API-Key": "secret"}
+    connection.request("POST", "/admin/bundle?wait=true", json.dumps({"path": str(path)}), headers)
+    response = connection.getresponse()
+    content = response.read().decode()
+    connection.close()
+    return response.status, content
+
+
+def at_rest() -> tuple[int, int, float]:
+    """Sessions of ONNX Runtime, threads, and resident memory in MB."""
+    gc.collect()
+    give_back()
+    sessions = sum(isinstance(each, ort.InferenceSession) for each in gc.get_objects())
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return sessions, threading.active_count(), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_twenty_swaps_under_load_lose_nothing(folder: Path) -> None:
+    settings = Settings(
+        bundle=folder / "a",
+        device="cpu",
+        engine_threads=1,
+        admin_keys="secret",  # type: ignore[arg-type]
+        rollback_seconds=0,
+        stall_timeout_ms=60_000,
+    )
+    app = create_app(settings)
+    stop = threading.Event()
+    with live(app) as port:
+        clients = [Client(port, stop) for _ in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        try:
+            for path in ("b", "a"):  # the warm-up of the swaps themselves
+                assert post(port, folder / path)[0] == 200
+            before = at_rest()
+            for number in range(SWAPS):
+                status, content = post(port, folder / "ba"[number % 2])
+                assert status == 200, content
+                if number % 5 == 4:
+                    for bad, why in (
+                        ("wrong", "canvas"),
+                        ("spoilt", "SHA-256"),
+                        ("empty", "does not exist"),
+                        ("absent", "no such folder"),
+                    ):
+                        status, content = post(port, folder / bad)
+                        assert status == 422
+                        assert why in content
+            after = at_rest()
+        finally:
+            stop.set()
+            for client in clients:
+                client.join(60)
+    assert [client.wrong for client in clients] == [[]] * CLIENTS
+    answers = sum((client.answers for client in clients), Counter())
+    assert set(answers) == {"a", "b"}
+    assert after[0] == before[0], "an engine of a bundle that is gone stays in memory"
+    assert after[1] <= before[1] + 2, "threads stay"
+    assert after[2] < before[2] + MOST_GROWTH_MB
+
+
+def test_the_gate_of_a_start_reaches_the_model_page(folder: Path) -> None:
+    app = create_app(Settings(bundle=folder / "a", device="cpu"))
+    with live(app) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/model")
+        (gate,) = json.loads(connection.getresponse().read())["gate"]
+        connection.close()
+    assert gate["result"] == "passed"
+    assert gate["compared"] >= 3
