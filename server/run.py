@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import time
 from types import FrameType
 
 import uvicorn
@@ -79,6 +80,7 @@ class _DrainingServer(uvicorn.Server):
         self._swaps = swaps
         self._on_terminal = os.isatty(0)
         self._giving_back: asyncio.Task[None] | None = None
+        self._closes_s = math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """What is there when the first request comes stays: the collector need not look at it again and again.
@@ -108,7 +110,28 @@ class _DrainingServer(uvicorn.Server):
         else:
             self._swaps.reload("signal")
 
+    async def on_tick(self, counter: int) -> bool:
+        """Some ten times a second; whether to stop."""
+        if time.monotonic() >= self._closes_s:
+            self._closes_s = math.inf
+            self._close(signal.SIGTERM, None)
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """At once, or at SIGTERM after the delay that is set; a second signal ends the delay."""
+        delay_s = self._service.settings.shutdown_delay_ms / 1e3
+        if sig != signal.SIGTERM or not delay_s or self._service.leaving:
+            self._closes_s = math.inf
+            self._close(sig, frame)
+            return
+        logger.info("SIGTERM: requests are taken for %g s more", delay_s)
+        self._closes_s = time.monotonic() + delay_s
+        self._service.leaving = True
+        # Whoever keeps a connection is told to open the next one, and that one leads elsewhere.
+        self.config.encoded_headers = [*self.config.encoded_headers, (b"connection", b"close")]
+        self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+
+    def _close(self, sig: int, frame: FrameType | None) -> None:
         logger.info("%s: finishing %d images", signal.Signals(sig).name, self._service.admission.unanswered)
         self._service.drain()
         super().handle_exit(sig, frame)

@@ -82,6 +82,8 @@ class Service:
             self._decoding,
             large_progress=Progress(clock),
         )
+        self.leaving = False
+        """Requests are still taken, but no more should be sent here."""
         self._started = False
         self._start_lock = asyncio.Lock()
         metrics.watch_queue(
@@ -150,7 +152,7 @@ class Service:
         """Why no request should be sent here, or None."""
         if not self._started:
             return "starting"
-        if self.admission.draining:
+        if self.admission.draining or self.leaving:
             return "draining"
         if self.batcher.works:
             return None

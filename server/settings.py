@@ -61,7 +61,13 @@ class Settings(BaseSettings):
     max_delay_ms: float = Field(5.0, ge=0, description="after this wait an image's batch goes before fuller ones")
     queue_limit: int = Field(128, ge=1, description="most images admitted and not yet with an engine")
     default_timeout_ms: float = Field(30_000, gt=0, description="deadline of a request without X-Timeout-Ms")
-    drain_timeout_ms: float = Field(30_000, ge=0, description="after SIGTERM, longest wait for requests under way")
+    shutdown_delay_ms: float = Field(
+        0,
+        ge=0,
+        description="after SIGTERM, time in which requests are still taken, each on a connection that ends with its "
+        "answer, while /readyz is 503; behind a balancer as long as it needs to look elsewhere",
+    )
+    drain_timeout_ms: float = Field(30_000, ge=0, description="then the longest wait for requests under way")
     stall_timeout_ms: float = Field(
         1500, gt=0, description="least time without progress that fails /livez and replaces an engine"
     )
