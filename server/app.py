@@ -13,6 +13,7 @@ from bundle import BundleError
 from server.admin import build_admin_router
 from server.docs import build_docs_router
 from server.engine import Engine, OpenEngine
+from server.engine_build import EngineBuilder
 from server.errors import ServiceError, StartupError
 from server.head import Head
 from server.keys import ApiKeys, Gate
@@ -47,6 +48,7 @@ def create_app(
     admin_keys = ApiKeys(settings.admin_keys, asker="/admin needs an admin key")
     service = Service(settings, _opened(settings, engine, metrics), metrics)
     swaps = Swaps(service, lambda path: open_bundle(settings, path, metrics))
+    builder = EngineBuilder(settings, service, swaps)
 
     tracing = open_tracing(version())
     metrics_router = build_metrics_router(metrics)
@@ -65,8 +67,10 @@ def create_app(
             for watching in (asyncio.create_task(keys.watch()), asyncio.create_task(swaps.watch())):
                 stack.callback(watching.cancel)
             await service.start()
+            builder.start()
             yield
             service.drain()
+            await builder.stop()
             await swaps.stop()
             await service.stop()
 

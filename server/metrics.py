@@ -63,6 +63,12 @@ class Metrics:
             ["reason"],
             registry=self._registry,
         )
+        self.engine_builds = Counter(
+            "ddetr_engine_builds",
+            "TensorRT engines built beside serving, by what became of it.",
+            ["outcome"],
+            registry=self._registry,
+        )
         self._padding_ratio = Histogram(
             "ddetr_padding_ratio",
             "Share of a batch's pixels that are padding.",
@@ -128,6 +134,8 @@ class Metrics:
             self._batches.labels(reason)
         for how in ("died", "hung"):
             self.engine_restarts.labels(how)
+        for outcome in ("built", "failed"):
+            self.engine_builds.labels(outcome)
         for outcome in ("promoted", "rejected", "rolled_back"):
             self.swaps.labels(outcome)
         for outcome in ("agreed", "disagreed", "failed", "dropped"):

@@ -1,5 +1,6 @@
 """Settings: environment variables DDETR_*, and flags of the same names of `ddetr serve`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,10 @@ from server.cores import available_cores
 
 # Above this Pillow warns of decompression bombs, and above twice this refuses them; both stay in force.
 _PILLOW_LIMIT_PIXELS = 89_478_485
+
+
+def _engine_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddetr" / "engines"
 
 
 class Settings(BaseSettings):
@@ -28,6 +33,12 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
         "auto", description="of the network; auto: half where the bundle has such an engine, else float32"
     )
+    build_engine: Literal["never", "background"] = Field(
+        "never",
+        description="background: for a bundle without a TensorRT engine for this GPU build one while it is served, and "
+        "swap to it",
+    )
+    engine_cache: Path = Field(default_factory=_engine_cache, description="folder of the engines that were built so")
     engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side, on each device")
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
 

@@ -10,6 +10,7 @@ import plugins
 from bundle import Bundle, Canvas, EngineMismatch, EngineRecord, Manifest, find_engine
 from runtime import Answer, Gpu, RuntimeUnavailable, Staged, TensorRTSession, gpus, open_tensorrt
 from server.engine import Candidate, PassedOver, RawDetections
+from server.engine_cache import EngineCache, NoRecipe, recipe_for
 from server.errors import StartupError
 from server.preprocess import Pixels, lay_in
 from server.settings import Settings
@@ -23,10 +24,11 @@ def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Passed
     """The engines of the bundle for this machine's GPU, best first, or why there is none."""
     if settings.precision == "int8":
         return [PassedOver("tensorrt", "it has no int8 here; precision int8 runs in ONNX Runtime on the CPU")]
-    if not bundle.manifest.engines:
+    builds = settings.build_engine != "never"
+    if not bundle.manifest.engines and not builds:
         return [PassedOver("tensorrt", "the bundle has no engine (ddetr build adds one)")]
     try:
-        gpu = _gpu(settings.device)
+        gpu = find_gpu(settings.device)
     except RuntimeUnavailable as error:
         return [PassedOver("tensorrt", str(error))]
     ways: list[Candidate | PassedOver] = []
@@ -44,8 +46,24 @@ def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Passed
         if refusal:
             ways.append(PassedOver(name, refusal))
         else:
-            ways.append(Candidate(name, precision, partial(TensorRTEngine, bundle, settings, record, gpu)))
+            path = bundle.path / record.file
+            ways.append(Candidate(name, precision, partial(TensorRTEngine, bundle, settings, record, gpu, path)))
+    if builds and not any(isinstance(way, Candidate) for way in ways):
+        ways.append(_built(settings, bundle, gpu))
     return ways or [PassedOver("tensorrt", why)]
+
+
+def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOver:
+    """The engine that was built for this bundle here."""
+    try:
+        kept = EngineCache(settings.engine_cache).find(recipe_for(settings, bundle, gpu))
+    except NoRecipe as error:
+        return PassedOver("tensorrt", str(error))
+    if kept is None:
+        return PassedOver("tensorrt", f"none is built for {gpu.name} ({gpu.arch}) yet")
+    record, path = kept
+    name = f"tensorrt {record.file}, built here, on cuda:{gpu.index}"
+    return Candidate(name, record.precision, partial(TensorRTEngine, bundle, settings, record, gpu, path))
 
 
 class TensorRTEngine:
@@ -57,10 +75,10 @@ class TensorRTEngine:
         settings: Settings,
         record: EngineRecord,
         gpu: Gpu,
+        path: Path,
     ) -> None:
         """Raises StartupError."""
         self.manifest: Manifest = bundle.manifest
-        path = bundle.path / record.file
         began_s = time.monotonic()
         try:
             self._session = _open(path, record, gpu)
@@ -113,7 +131,7 @@ def _open(path: Path, record: EngineRecord, gpu: Gpu) -> TensorRTSession:
     return open_tensorrt(path, record.flavour, gpu.index, plugins.tensorrt_library(), built_with)
 
 
-def _gpu(device: str) -> Gpu:
+def find_gpu(device: str) -> Gpu:
     """The GPU that the setting means. Raises RuntimeUnavailable."""
     there = gpus()
     index = int(device.partition(":")[2] or 0)

@@ -1,0 +1,199 @@
+"""Where a bundle has no TensorRT engine for this GPU: builds one in a process of its own, then swaps to it.
+
+Meanwhile the bundle is served as it can be, by ONNX Runtime. What is built is kept, see `engine_cache`.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from bundle import Bundle, BundleError, read_bundle
+from runtime import Gpu, RuntimeUnavailable
+from server.engine import Candidate, placements
+from server.engine_cache import EngineCache, NoRecipe, Recipe, recipe_for
+from server.errors import ServiceError, StartupError, SwapInProgress
+from server.service import Service
+from server.settings import Settings
+from server.swap import Swap, Swaps
+from server.tensorrt_engine import find_gpu, tensorrt_ways
+
+logger = logging.getLogger("ddetr.engine_build")
+
+_LOOK_S = 1.0  # between two looks at what is served, or whether another server has finished
+_TERMINATE_S = 5.0
+
+Command = Callable[[Recipe, Bundle, Gpu, Path], Sequence[str]]
+
+
+def build_command(recipe: Recipe, bundle: Bundle, gpu: Gpu, work: Path) -> Sequence[str]:
+    """What builds the recipe's engine into a copy of the bundle, `work`/bundle; at low priority, as others wait."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = visible[gpu.index].strip() if gpu.index < len(visible) and visible[0] else str(gpu.index)
+    return [
+        *("env", f"CUDA_VISIBLE_DEVICES={name}", "nice", "-n", "10"),
+        *(sys.executable, "-m", "export.trt_build"),
+        *("--checkpoint", str(bundle.path), "--output", str(work / "bundle"), "--work", str(work / "steps")),
+        *("--precision", recipe.precision, "--flavour", recipe.flavour, "--targets", recipe.arch),
+        *("--typical-batch-size", str(recipe.max_batch_size), "--max-batch-size", str(recipe.max_batch_size)),
+    ]
+
+
+class BuildFailed(Exception):
+    """The process that built it failed; the message is the last line it said."""
+
+
+class EngineBuilder:
+    """Looks after every bundle that comes into service; one build at a time."""
+
+    def __init__(self, settings: Settings, service: Service, swaps: Swaps, command: Command = build_command) -> None:
+        self._settings = settings
+        self._service = service
+        self._swaps = swaps
+        self._command = command
+        self._cache = EngineCache(settings.engine_cache)
+        self._watching: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look, if the settings say so."""
+        if self._settings.build_engine == "background":
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def stop(self) -> None:
+        """End a build that is under way; it goes on from its last finished step another time."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
+
+    async def _watch(self) -> None:
+        seen: object = None
+        while True:
+            served = self._service.served
+            if served is not seen:
+                seen = served
+                try:
+                    if served.opened.path is not None:
+                        await self._look_after(served.opened.path)
+                except Exception:  # the service needs none of this
+                    logger.exception("no engine could be built for %s", served.opened.path)
+            await asyncio.sleep(_LOOK_S)
+
+    async def _look_after(self, path: Path) -> None:
+        try:
+            bundle = await asyncio.to_thread(read_bundle, path)
+            missing = await asyncio.to_thread(_missing, self._settings, bundle)
+        except (BundleError, RuntimeUnavailable, NoRecipe, StartupError) as error:
+            logger.warning("no engine is built for %s: %s", path, error)
+            return
+        built = [recipe for recipe, gpu in missing.items() if await self._get(recipe, bundle, gpu)]
+        if built and (why := await self._swap(path)) is not None:
+            for recipe in built:
+                marker = self._cache.give_up(recipe, f"not served: {why}")
+                logger.error("the engine that was built is not used: %s; to try again remove %s", why, marker)
+
+    async def _get(self, recipe: Recipe, bundle: Bundle, gpu: Gpu) -> bool:
+        """Whether the cache has it now, built by this server or another one."""
+        waiting = False
+        while True:
+            with self._cache.alone(recipe) as alone:
+                if await asyncio.to_thread(self._cache.find, recipe) is not None:
+                    return True
+                if (why := self._cache.failure(recipe)) is not None:
+                    logger.warning("no engine is built for %s: it failed before: %s", bundle.path, why)
+                    return False
+                if alone:
+                    return await self._build(recipe, bundle, gpu)
+            if not waiting:
+                logger.info("another process builds the engine for %s", bundle.path)
+            waiting = True
+            await asyncio.sleep(_LOOK_S)
+
+    async def _build(self, recipe: Recipe, bundle: Bundle, gpu: Gpu) -> bool:
+        work = self._cache.work(recipe)
+        work.mkdir(exist_ok=True)
+        began_s = time.monotonic()
+        command = self._command(recipe, bundle, gpu, work)
+        logger.info("building a TensorRT engine for %s meanwhile: %s", bundle.path, " ".join(command))
+        builds = self._service.metrics.engine_builds
+        try:
+            await _run(command)
+            record, _ = await asyncio.to_thread(lambda: self._cache.keep(recipe, read_bundle(work / "bundle")))
+        except (BuildFailed, BundleError, LookupError, OSError) as error:
+            builds.labels("failed").inc()
+            marker = self._cache.give_up(recipe, str(error))
+            logger.error("no engine was built for %s: %s; to try again remove %s", bundle.path, error, marker)
+            return False
+        builds.labels("built").inc()
+        await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+        logger.info("%s is built, in %.0f s", record.file, time.monotonic() - began_s)
+        return True
+
+    async def _swap(self, path: Path) -> str | None:
+        """To the same bundle, opened again; why it was not promoted, or None."""
+        swap: Swap | None = None
+        while swap is None:
+            if self._service.served.opened.path != path:  # another bundle came into service
+                return None
+            try:
+                swap = self._swaps.begin(path, "build")
+            except SwapInProgress:
+                await asyncio.sleep(_LOOK_S)
+            except ServiceError:  # the server is stopping
+                return None
+        await swap.over.wait()
+        stopping = self._service.admission.draining
+        return None if swap.state == "promoted" or stopping else swap.reason or swap.state
+
+
+def _missing(settings: Settings, bundle: Bundle) -> dict[Recipe, Gpu]:
+    """What the GPUs of the settings lack. Raises RuntimeUnavailable, NoRecipe or StartupError."""
+    missing: dict[Recipe, Gpu] = {}
+    for place in placements(settings):
+        if place.engine == "onnxruntime" or place.device == "cpu":
+            continue
+        if not any(isinstance(way, Candidate) for way in tensorrt_ways(place, bundle)):
+            gpu = find_gpu(place.device)
+            missing[recipe_for(place, bundle, gpu)] = gpu
+    return missing
+
+
+async def _run(command: Sequence[str]) -> None:
+    """Run it to its end, or end it with everything it began. Raises BuildFailed."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise BuildFailed(f"{command[0]}: {error}") from error
+    assert process.stdout is not None
+    last = ""
+    try:
+        async for line in process.stdout:
+            if said := line.decode(errors="replace").strip():
+                last = said
+                logger.debug("build: %s", said)
+        status = await process.wait()
+    except asyncio.CancelledError:
+        await _end(process)
+        raise
+    if status:
+        raise BuildFailed(last or f"it ended with status {status}")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.communicate(), _TERMINATE_S)
+            return
