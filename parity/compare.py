@@ -101,26 +101,26 @@ def faults(got: Answer, detections: int, categories: Collection[int]) -> tuple[s
     shapes = {"boxes": (detections, 4), "scores": (detections,), "labels": (detections,)}
     for name, shape in shapes.items():
         if (found := np.shape(getattr(got, name))) != shape:
-            return (f"{name} of shape {list(found)}, expected {list(shape)}",)
+            return (f"{name}: of shape {list(found)}, expected {list(shape)}",)
     kinds = {"boxes": "f", "scores": "f", "labels": "i"}
     for name, kind in kinds.items():
         if (dtype := getattr(got, name).dtype).kind != kind:
-            return (f"{name} of type {dtype}, expected {'float32' if kind == 'f' else 'int64'}",)
+            return (f"{name}: of type {dtype}, expected {'float32' if kind == 'f' else 'int64'}",)
     for name in ("boxes", "scores"):
         if wrong := int((~np.isfinite(getattr(got, name))).sum()):
-            return (f"{wrong} of the {name} not finite",)
+            return (f"{name}: {wrong} not finite",)
     said = []
     if detections > 1 and (rise := float(np.diff(got.scores).max())) > 0:
-        said.append(f"scores not descending, one rises by {rise:.2g}")
+        said.append(f"scores: not descending, one rises by {rise:.2g}")
     if got.scores.min(initial=0) < 0 or got.scores.max(initial=0) > 1:
-        said.append(f"scores from {got.scores.min():.3g} to {got.scores.max():.3g}, not in 0..1")
+        said.append(f"scores: from {got.scores.min():.3g} to {got.scores.max():.3g}, not in 0..1")
     low, high = -FARTHEST - SLACK, 1 + FARTHEST + SLACK
     if got.boxes.min(initial=0) < low or got.boxes.max(initial=0) > high:
-        said.append(f"boxes from {got.boxes.min():.3g} to {got.boxes.max():.3g}, not within half an image of it")
+        said.append(f"boxes: from {got.boxes.min():.3g} to {got.boxes.max():.3g}, not within half an image of it")
     if (inside_out := int((got.boxes[:, 2:] < got.boxes[:, :2] - SLACK).any(-1).sum())) > 0:
-        said.append(f"{inside_out} boxes with x1 < x0 or y1 < y0")
+        said.append(f"boxes: {inside_out} with x1 < x0 or y1 < y0")
     if categories and (unknown := set(got.labels.tolist()) - set(categories)):
-        said.append(f"unknown labels {sorted(unknown)[:5]}")
+        said.append(f"labels: unknown {sorted(unknown)[:5]}")
     return tuple(said)
 
 

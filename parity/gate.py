@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,11 @@ class GateReport:
         """Whether there was no failure, and something was compared."""
         return not self.failures
 
+    @property
+    def caught_by(self) -> dict[str, int]:
+        """The figures that failed, and how often each, the most frequent first."""
+        return dict(Counter(line.split(": ")[1] for line in self.failures).most_common())
+
 
 def run_gate(
     infer: Infer,
@@ -71,10 +77,9 @@ def run_gate(
 ) -> GateReport:
     """Hold `infer` against the proof on `canvases` (default: all of the proof's) in batches of these sizes.
 
-    At most `rounds` batches of each canvas and size; by default as many as `batches_of` has.
-
-    A wrong answer, or an engine that raises, is a failure in the report, never an exception. `progress` gets a line for
-    each canvas and batch size. Raises ValueError for a precision that has no limits.
+    rounds: at most so many batches of each canvas and size; by default all of `batches_of`. A wrong answer, or an
+    engine that raises, is a failure in the report, never an exception. `progress` gets a line for each canvas and batch
+    size. Raises ValueError for a precision that has no limits.
     """
     limits = limits_for(precision, proof.half)
     started = time.perf_counter()
@@ -83,12 +88,14 @@ def run_gate(
     proven = {part.canvas: part for part in proof.canvases}
     for canvas in proven if canvases is None else canvases:
         if canvas not in proven:
-            failures.append(f"canvas {canvas}: the proof has none of this size, only {', '.join(map(str, proven))}")
+            failures.append(
+                f"canvas {canvas}: canvas: the proof has none of this size, only {', '.join(map(str, proven))}"
+            )
             continue
         try:
             pictures = proven[canvas].pictures()
         except ProofInvalid as error:
-            failures.append(str(error))
+            failures.append(f"canvas {canvas}: pictures: {error}")
             continue
         for batch_size in sorted(set(batch_sizes)):
             found = list(_run_batches(infer, proof, proven[canvas], pictures, batch_size, limits, rounds))
@@ -100,7 +107,7 @@ def run_gate(
             if progress is not None:
                 progress(f"{canvas} batch {batch_size}: {f'{len(new)} failures' if new else 'passed'}")
     if not rows and not failures:
-        failures.append("nothing was compared: no canvas or no batch size was asked for")
+        failures.append("all canvases: nothing compared: no canvas or no batch size was asked for")
     return GateReport(precision, limits, tuple(rows), tuple(failures), time.perf_counter() - started)
 
 
@@ -126,11 +133,11 @@ def _run_batches(
         try:
             boxes, scores, labels = (np.asarray(output) for output in infer(batch.images, batch.sizes))
         except Exception as error:
-            yield f"{where}: the engine raised {type(error).__name__}: {' '.join(str(error).split()):.300}"
+            yield f"{where}: raised: {type(error).__name__}: {' '.join(str(error).split()):.300}"
             continue
         lengths = [output.shape[0] if output.ndim else 0 for output in (boxes, scores, labels)]
         if lengths != [batch_size] * 3:
-            yield f"{where}: boxes, scores, labels of {lengths} images, expected {batch_size}"
+            yield f"{where}: batch: boxes, scores, labels of {lengths} images, expected {batch_size}"
             continue
         for slot, index in enumerate(indices):
             got = Answer(boxes[slot], scores[slot], labels[slot])
@@ -150,14 +157,14 @@ def failures_of(figures: Figures, limits: Limits) -> list[str]:
     if figures.strays > allowed:
         line = f"strays: {figures.strays} of {figures.counted} detections without a partner, limit {allowed}"
         if figures.mislabelled:
-            line += f"; labels: {figures.mislabelled} of them have one of another label"
+            line += f"; {figures.mislabelled} of them have one of another label"
         said.append(line)
     for name, words in FIGURE_NAMES.items():
         found, limit = getattr(figures, name), ALONE * getattr(limits, name)
         if not found <= limit:
-            said.append(f"{words} {found:.2g}, limit of one picture {limit:.2g}")
+            said.append(f"{words}: {found:.2g}, limit of one picture {limit:.2g}")
     if not figures.signature <= SIGNATURE:
-        said.append(f"signature of {figures.fault}: {figures.signature:.2f} of it, limit {SIGNATURE:g}")
+        said.append(f"signature: {figures.signature:.2f} of {figures.fault}, limit {SIGNATURE:g}")
     return said
 
 
@@ -176,7 +183,7 @@ def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:
         found, limit = typical(rows, name), getattr(limits, name)
         if not found <= limit:
             said.append(
-                f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: {words} {found:.2g}, "
+                f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: {words}: {found:.2g}, "
                 f"limit {limit:.2g}"
             )
     return said
