@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,13 @@ class Gpus:
         self.opened.append((path.name, device))
         plugin = plugin or Path("plugin.so")
         return open_on(self.gpus[device], path, flavour, self.trt[flavour], self.cuda, plugin, built_with)
+
+    def left(self) -> list[str]:
+        """What is held on GPUs once the threads of engines have ended."""
+        for thread in threading.enumerate():
+            if thread.name.startswith("engine-"):
+                thread.join(30)
+        return self.cuda.left()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def test_a_service_on_it(gpus: Gpus, bundle: Bundle) -> None:
         labels = [[each["label"] for each in image["detections"]] for image in images]
         assert labels == [["green"], ["red"]] * 5
         assert client.get("/model").json()["engine"].startswith("tensorrt 10.14 on cuda:0 (Double 0, sm80), fp16")
-    assert gpus.cuda.left() == []
+    assert gpus.left() == []
 
 
 def test_instances_on_several_gpus_and_one_that_died_comes_back_on_its_own(gpus: Gpus, bundle: Bundle) -> None:
@@ -111,7 +111,7 @@ def test_instances_on_several_gpus_and_one_that_died_comes_back_on_its_own(gpus:
                 break
         gpus.cuda.fail_on(None, "", None)
         assert {device for _, device in gpus.opened[4:]} == {1}
-    assert gpus.cuda.left() == []
+    assert gpus.left() == []
 
 
 # --- which one --------------------------------------------------------------------------------------------------------
