@@ -108,14 +108,18 @@ class Swaps:
         self._hanging: list[Worker] = []
 
     @property
+    def _stopping(self) -> bool:
+        return self._service.admission.draining or self._service.leaving
+
+    @property
     def busy(self) -> bool:
         """Whether a swap is under way, or it is looked whether there should be one."""
         return self._task is not None and not self._task.done()
 
     def begin(self, path: Path, cause: Cause, trial: Trial | None = None) -> Swap:
         """Begin a swap to the bundle in folder `path`. Raises Draining, SwapInProgress or PathForbidden."""
-        if self._service.admission.draining:
-            raise Draining("the server is stopping")
+        if self._stopping:
+            raise Draining(_STOPPING)
         if self.busy:
             last = self.history[-1] if self.history else None
             doing = f"swap {last.id} to {last.path} is {last.state}" if last and not last.over.is_set() else "looking"
@@ -169,7 +173,7 @@ class Swaps:
             await asyncio.wait([self._task])
 
     async def _run_again(self) -> None:
-        while (cause := self._again) is not None and not self._service.admission.draining:
+        while (cause := self._again) is not None and not self._stopping:
             self._again = None
             path = self._settings.bundle
             if await asyncio.to_thread(self._is_served, path):
@@ -314,7 +318,7 @@ class Swaps:
     async def _suspicion(self, new: Served, old: Served) -> str | None:
         """Why the new bundle should make way for the old one again, if that shows while it is watched."""
         until_s = _now_s() + self._settings.rollback_seconds
-        while (left_s := until_s - _now_s()) > 0 and not self._service.admission.draining:
+        while (left_s := until_s - _now_s()) > 0 and not self._stopping:
             if old.batcher.works and (why := new.suspicion()) is not None:
                 return why
             await asyncio.sleep(min(_LOOK_S, left_s))
@@ -330,7 +334,7 @@ class Swaps:
             await asyncio.wait([work], timeout=_LOOK_S)
 
     def _go_on(self) -> None:
-        if self._service.admission.draining:
+        if self._stopping:
             raise _Rejected(_STOPPING)
 
 

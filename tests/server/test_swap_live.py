@@ -4,6 +4,9 @@ import gc
 import http.client
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -19,6 +22,7 @@ from server.settings import Settings
 from tests.server.live import live
 from tests.server.pictures import RED, encode, rectangle
 from tests.server.proofs import proof_by
+from tests.server.test_run import ROOT, Server
 from tests.server.tiny_bundle import write_tiny_bundle
 
 SWAPS = 20
@@ -150,3 +154,60 @@ def test_the_gate_of_a_start_reaches_the_model_page(folder: Path) -> None:
         connection.close()
     assert gate["result"] == "passed"
     assert gate["compared"] >= 3
+
+
+SERVE = """
+import sys
+from server.run import serve
+from server.settings import Settings
+sys.exit(serve(Settings(port=0, rollback_seconds=0, gate_seconds=0)))
+"""
+
+
+@pytest.fixture
+def current(tmp_path: Path, folder: Path) -> Path:
+    """A link to the first bundle."""
+    link = tmp_path / "current"
+    link.symlink_to(folder / "a")
+    return link
+
+
+def test_sighup_looks_where_the_link_leads_now(current: Path, folder: Path) -> None:
+    server = Server(SERVE, {"DDETR_BUNDLE": str(current), "DDETR_DEVICE": "cpu", "DDETR_LOG_FORMAT": "text"})
+    assert json.loads(server.get("/model"))["model"]["version"] == "a"
+    for _ in range(100):
+        server.process.send_signal(signal.SIGHUP)
+    server.read_log("is in service already")
+    current.unlink()
+    current.symlink_to(folder / "b")
+    server.process.send_signal(signal.SIGHUP)
+    server.read_log("swap 1: promoted")
+    assert json.loads(server.get("/model"))["model"]["version"] == "b"
+    current.unlink()
+    server.process.send_signal(signal.SIGHUP)
+    server.read_log("swap 2: rejected: no bundle at")
+    assert json.loads(server.get("/model"))["model"]["version"] == "b"
+    assert server.end(signal.SIGTERM) == 0
+
+
+def test_a_terminal_that_is_closed_stops_the_server(current: Path) -> None:
+    """Otherwise it would go on with nobody there to stop it."""
+    terminal, its_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "DDETR_BUNDLE": str(current), "DDETR_DEVICE": "cpu"},
+        stdin=its_end,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(its_end)
+    assert process.stderr is not None
+    with process.stderr as log:
+        assert any("running on" in line for line in log)
+        process.send_signal(signal.SIGHUP)  # from elsewhere: the terminal is still there
+        assert any("is in service already" in line for line in log)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)  # it is not the terminal's own process here, so it must be told
+        assert process.wait(60) == 0
