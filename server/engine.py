@@ -42,8 +42,9 @@ class Engine(Protocol):
     """Runs one batch at a time; its three verbs are called in this order.
 
     `infer` and `finish` are called from one thread that is the engine's own, and so is `prepare`, but from another one:
-    the next batch is prepared while one is inferred. An engine that is handed to a service open (see `create_app`) is
-    warmed again if it dies, by raising on a blank picture, or when it comes back from hanging.
+    the next batch is prepared while one is inferred. Before it is at work other threads, one after the other, open it,
+    hold it against its bundle's proof and may try it on pictures. An engine that is handed to a service open (see
+    `create_app`) is warmed again if it dies, by raising on a blank picture, or when it comes back from hanging.
     """
 
     @property

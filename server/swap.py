@@ -122,8 +122,9 @@ class Swaps:
             raise Draining(_STOPPING)
         if self.busy:
             last = self.history[-1] if self.history else None
-            doing = f"swap {last.id} to {last.path} is {last.state}" if last and not last.over.is_set() else "looking"
-            raise SwapInProgress(f"one at a time: {doing}")
+            if last is None or last.over.is_set():
+                raise SwapInProgress(f"one at a time: it is looked whether {self._settings.bundle} has changed")
+            raise SwapInProgress(f"one at a time: swap {last.id} to {last.path} is {last.state}")
         self._hanging = [worker for worker in self._hanging if worker.alive]
         if len(self._hanging) >= _MOST_HANGING:
             raise SwapInProgress(f"{len(self._hanging)} openings hang, and hold their memory; restart the server")
