@@ -49,6 +49,11 @@ def prepare_decoding(threads: int) -> None:
     Image.core.set_blocks_max(2 * threads)  # type: ignore[attr-defined]
 
 
+def drop_kept_memory() -> None:
+    """Let go of what Pillow keeps of earlier pictures; the next ones take theirs from the kernel again."""
+    Image.core.clear_cache()  # type: ignore[attr-defined]
+
+
 def decode(data: bytes, max_image_pixels: int) -> Image.Image:
     """The picture in `data`: mode RGB, in its displayed orientation, transparency over white.
 

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import logging
+from collections.abc import Callable
 
 logger = logging.getLogger("ddetr.run")
 
@@ -32,10 +33,11 @@ def tame_malloc() -> None:
         logger.debug("the C library takes no options of its allocator")
 
 
-async def give_back_regularly(every_s: float = _GIVE_BACK_EVERY_S) -> None:
-    """Until cancelled: hand freed memory back from time to time, so that what a busy hour left behind does not stay."""
+async def give_back_regularly(drop_kept: Callable[[], None], every_s: float = _GIVE_BACK_EVERY_S) -> None:
+    """Until cancelled: `drop_kept`, then `give_back`, so that what a busy moment took does not stay for good."""
     while True:
         await asyncio.sleep(every_s)
+        drop_kept()
         await asyncio.to_thread(give_back)
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from server.app import create_app
 from server.bind import bind
 from server.connection import Connection
+from server.decode import drop_kept_memory
 from server.engine import Engine, OpenEngine
 from server.errors import StartupError
 from server.logs import close_log, open_log
@@ -91,7 +92,7 @@ class _DrainingServer(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(_YOUNG_OBJECTS)
-        self._giving_back = asyncio.create_task(give_back_regularly())
+        self._giving_back = asyncio.create_task(give_back_regularly(drop_kept_memory))
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         if self.started:
             for listener in sockets or ():

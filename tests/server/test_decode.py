@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from server.decode import decode, decode_picture, decode_pixels
+from server.decode import decode, decode_picture, decode_pixels, drop_kept_memory, prepare_decoding
 from server.errors import (
     FormatUnsupported,
     ImageAnimated,
@@ -315,3 +315,11 @@ def test_a_jpeg_with_broken_data_gets_what_pillow_makes_of_it() -> None:
 def test_pixels_of_every_kind_are_those_of_the_picture(kind: str) -> None:
     header = read_header(kinds()[kind], LIMIT)
     assert np.array_equal(decode_pixels(header), np.asarray(decode_picture(header)))
+
+
+def test_memory_kept_of_pictures_can_be_let_go() -> None:
+    prepare_decoding(2)
+    decode(encode(rectangle(), "PNG"), LIMIT)
+    assert Image.core.get_stats()["blocks_cached"] > 0  # type: ignore[attr-defined]
+    drop_kept_memory()
+    assert Image.core.get_stats()["blocks_cached"] == 0  # type: ignore[attr-defined]
