@@ -47,33 +47,35 @@ CMD ["serve"]
 
 # --- gpu --------------------------------------------------------------------------------------------------------------
 
-FROM ${GPU_BASE} AS gpu-build
+# The package's wheel, with the plugins.
+FROM ${GPU_BASE} AS gpu-wheel
 COPY deploy/docker/ /opt/build/docker/
 # NVIDIA's images hold pip to versions of their own.
 ENV PIP_CONSTRAINT="" PIP_CONFIG_FILE=/run/secrets/pip.conf PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 \
     PIP_ROOT_USER_ACTION=ignore
-# TensorRT's Python package is the base's own.
+# TensorRT's Python package is the base's own, hence its packages are seen.
 RUN sh /opt/build/docker/system.sh build \
     && python3 -m venv /opt/build/pip && python3 -m venv --without-pip --system-site-packages /opt/ddetr
-COPY pyproject.toml /opt/build/
 # A base without TensorRT's headers: the requirement of a package that has them (kernel-lens), and nothing else of it.
 ARG TENSORRT_HEADERS=""
-# onnxruntime and onnxruntime-gpu write the same files: only one may be there.
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     /opt/build/pip/bin/pip install -q "setuptools>=77" \
-    && if [ -n "$TENSORRT_HEADERS" ]; then /opt/build/pip/bin/pip install -q --no-deps "$TENSORRT_HEADERS"; fi \
-    && python3 /opt/build/docker/requirements.py --extra gpu --without onnxruntime \
-       < /opt/build/pyproject.toml > /opt/build/requirements.txt \
-    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile -r /opt/build/requirements.txt
+    && if [ -n "$TENSORRT_HEADERS" ]; then /opt/build/pip/bin/pip install -q --no-deps "$TENSORRT_HEADERS"; fi
 COPY . /opt/build/source/
 RUN cd /opt/build/source \
-    && /opt/build/pip/bin/python -m pip wheel -q -v --no-deps --no-build-isolation -w /opt/build/wheel . \
+    && /opt/build/pip/bin/python -m pip wheel --no-deps --no-build-isolation -w /opt/build/wheel . \
+    && python3 -m zipfile -l /opt/build/wheel/*.whl | grep -q libmsda_tensorrt.so \
+    || { echo "the plugins for CUDA and TensorRT were not built: does GPU_BASE have nvcc and TensorRT's headers?" >&2; exit 1; }
+
+FROM gpu-wheel AS gpu-build
+# onnxruntime and onnxruntime-gpu write the same files: only one may be there.
+RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
+    python3 /opt/build/docker/requirements.py --extra gpu --without onnxruntime \
+       < /opt/build/source/pyproject.toml > /opt/build/requirements.txt \
+    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile -r /opt/build/requirements.txt \
     && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-deps --no-index --no-compile /opt/build/wheel/*.whl \
-    && cp deploy/docker/healthy.py /opt/ddetr/bin/ \
-    && /opt/ddetr/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/ddetr/lib \
-    && cd / && /opt/ddetr/bin/python -c "import sys, plugins; \
-sys.exit(None if plugins.cuda_library() and plugins.tensorrt_library() else \
-'the plugins for CUDA and TensorRT were not built: GPU_BASE lacks nvcc or the headers of TensorRT, see above')"
+    && cp /opt/build/docker/healthy.py /opt/ddetr/bin/ \
+    && /opt/ddetr/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/ddetr/lib
 
 FROM ${GPU_BASE} AS gpu
 COPY deploy/docker/system.sh /opt/
@@ -93,18 +95,19 @@ CMD ["serve"]
 
 # --- export -----------------------------------------------------------------------------------------------------------
 
-FROM gpu-build AS export
-# Beside them rtx: engines for GeForce and workstation GPUs, built without having one.
-ARG EXTRAS="export"
+FROM gpu-wheel AS export
+# Add rtx for engines of GeForce and workstation GPUs, which are built without having one.
+ARG EXTRAS="export gpu"
 # The network is traced on the CPU: PyTorch's CPU build is enough, and saves gigabytes. TORCH_PIP_ARGS says where it is, as for `make setup`.
 ARG TORCH="torch>=2.8,<3"
 ARG TORCH_PIP_ARGS=""
 # torch by itself first, so that the range in pyproject.toml is satisfied and pip looks for no other build.
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
-    /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-compile $TORCH_PIP_ARGS "$TORCH" \
-    && python3 /opt/build/docker/requirements.py $(for extra in $EXTRAS; do echo "--extra $extra"; done) --without onnxruntime \
-       < /opt/build/pyproject.toml > /opt/build/requirements.txt \
-    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-compile -r /opt/build/requirements.txt
+    /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile $TORCH_PIP_ARGS "$TORCH" \
+    && python3 /opt/build/docker/requirements.py $(for extra in $EXTRAS; do echo "--extra $extra"; done) --without onnxruntime-gpu \
+       < /opt/build/source/pyproject.toml > /opt/build/requirements.txt \
+    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-compile -r /opt/build/requirements.txt \
+    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-deps --no-index --no-compile /opt/build/wheel/*.whl
 ENV PATH=/opt/ddetr/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Give it a folder that this user may write: docker run --user "$(id -u):$(id -g)" -v "$PWD":/data ...
