@@ -25,7 +25,7 @@ from server.routes import build_metrics_router, build_router, error_response, ht
 from server.served import Opened, open_bundle
 from server.service import Service
 from server.settings import Settings
-from server.swap import Swaps
+from server.swap import SWAP_GATE_SECONDS, Swaps
 from server.trace import Tracing, open_tracing
 from server.version import version
 
@@ -47,7 +47,8 @@ def create_app(
     keys = ApiKeys(settings.api_keys, settings.api_keys_file)
     admin_keys = ApiKeys(settings.admin_keys, asker="/admin needs an admin key")
     service = Service(settings, _opened(settings, engine, metrics), metrics)
-    swaps = Swaps(service, lambda path: open_bundle(settings, path, metrics))
+    patience_s = max(settings.gate_seconds, SWAP_GATE_SECONDS)
+    swaps = Swaps(service, lambda path: open_bundle(settings, path, metrics, patience_s))
     builder = EngineBuilder(settings, service, swaps)
 
     tracing = open_tracing(version())
@@ -131,7 +132,7 @@ def _opened(settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine |
     """The engines to begin with."""
     if engine is None:
         try:
-            return open_bundle(settings, settings.bundle, metrics)
+            return open_bundle(settings, settings.bundle, metrics, settings.gate_seconds)
         except BundleError as error:
             raise StartupError(str(error)) from error
     if callable(engine):

@@ -53,7 +53,7 @@ class Proven:
     verdict: Verdict
 
 
-def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, *, seconds: float | None = None) -> Proven:
+def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: float | None = None) -> Proven:
     """The best engine for `bundle` that opens on this machine and answers right.
 
     `seconds` as for `prove`; by default the settings' `gate_seconds`. Raises StartupError where nothing opens, and its

@@ -37,7 +37,7 @@ class Opened:
             engine.close()
 
 
-def open_bundle(settings: Settings, path: Path, metrics: Metrics) -> Opened:
+def open_bundle(settings: Settings, path: Path, metrics: Metrics, gate_seconds: float) -> Opened:
     """The settings' engines for the bundle in folder `path`, proven. Raises BundleError or StartupError.
 
     The first engine has `gate_seconds` to be compared in; for the others, and for one that takes a lost one's place,
@@ -55,7 +55,7 @@ def open_bundle(settings: Settings, path: Path, metrics: Metrics) -> Opened:
     opened = Opened([], [partial(reopen, number) for number in range(len(places))], path)
     try:
         for place in places:
-            proven = open_proven(place, bundle, metrics, seconds=0.0 if opened.engines else None)
+            proven = open_proven(place, bundle, metrics, seconds=0.0 if opened.engines else gate_seconds)
             opened.engines = [*opened.engines, proven.engine]
             opened.verdicts = (*opened.verdicts, proven.verdict)
     except BaseException:

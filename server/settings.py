@@ -44,7 +44,7 @@ class Settings(BaseSettings):
 
     gate: bool = Field(True, description="compare an engine's answers with its bundle's proof before it is served")
     gate_seconds: float = Field(
-        2.0, ge=0, description="time for comparing more than one picture a canvas, which is always compared"
+        2.0, ge=0, description="at the start, time for comparing more than one picture a canvas"
     )
     on_parity_failure: Literal["refuse", "fallback"] = Field(
         "fallback", description="with an engine whose answers are wrong: do not start, or use the next kind of engine"

@@ -28,6 +28,9 @@ logger = logging.getLogger("ddetr.swap")
 Cause = Literal["request", "signal", "watch", "build"]
 State = Literal["opening", "shadowing", "warming", "watched", "retiring", "promoted", "rejected", "rolled_back"]
 
+SWAP_GATE_SECONDS = 60.0
+"""Time for comparing a new bundle's engines, if `gate_seconds` is not more: requests are answered meanwhile."""
+
 _LOOK_S = 0.1  # between two looks at what may end a stage early
 _WATCH_S = 1.0
 _REMEMBERED = 20

@@ -43,7 +43,7 @@ class Bundles:
         self.entered = threading.Semaphore(0)
         self.passed_over: tuple[str, ...] = ()
 
-    def __call__(self, settings: Settings, path: Path, metrics: Metrics) -> Opened:
+    def __call__(self, settings: Settings, path: Path, metrics: Metrics, gate_seconds: float) -> Opened:
         version = path.name
         self.entered.release()
         assert self.gate.wait(30)

@@ -156,7 +156,7 @@ def test_a_canvas_that_the_proof_lacks_is_a_failure(proof: Proof) -> None:
 def test_the_next_engine_stands_in_for_one_that_is_wrong(bundle: Bundle, kinds: Kinds) -> None:
     kinds.kinds = ["boxes moved", "opens not", "right"]
     metrics = Metrics()
-    proven = open_proven(Settings(bundle=bundle.path), bundle, metrics)
+    proven = open_proven(Settings(bundle=bundle.path), bundle, metrics, ALL_S)
     assert proven.engine.name == "fake"
     assert proven.verdict.result == "passed"
     assert "fake, boxes moved: canvas" in proven.verdict.passed_over[0]
@@ -167,14 +167,14 @@ def test_the_next_engine_stands_in_for_one_that_is_wrong(bundle: Bundle, kinds: 
 def test_refuse_means_no_other_engine(bundle: Bundle, kinds: Kinds) -> None:
     kinds.kinds = ["boxes moved", "right"]
     with pytest.raises(ParityFailed, match=r"fake, boxes moved: canvas .*on_parity_failure=fallback"):
-        open_proven(Settings(bundle=bundle.path, on_parity_failure="refuse"), bundle, Metrics())
+        open_proven(Settings(bundle=bundle.path, on_parity_failure="refuse"), bundle, Metrics(), ALL_S)
     assert [engine.closed for engine in kinds.opened] == [True]
 
 
 def test_if_all_are_wrong_nothing_is_served(bundle: Bundle, kinds: Kinds) -> None:
     kinds.kinds = ["boxes moved", "opens not", "raises"]
     with pytest.raises(ParityFailed, match=r"no engine answers right: .*boxes moved.*RuntimeError.*no device"):
-        open_proven(Settings(bundle=bundle.path), bundle, Metrics())
+        open_proven(Settings(bundle=bundle.path), bundle, Metrics(), ALL_S)
     assert all(engine.closed for engine in kinds.opened)
 
 
@@ -183,7 +183,7 @@ def test_an_engine_that_was_asked_for_by_name_and_is_wrong_falls_back_to_onnx_ru
 ) -> None:
     kinds.kinds = ["boxes moved"]
     with pytest.raises(ParityFailed):
-        open_proven(Settings(bundle=bundle.path, engine="tensorrt", device="cuda:1"), bundle, Metrics())
+        open_proven(Settings(bundle=bundle.path, engine="tensorrt", device="cuda:1"), bundle, Metrics(), ALL_S)
     assert kinds.asked == [("tensorrt", "cuda:1"), ("onnxruntime", "cuda:1"), ("onnxruntime", "cpu")]
 
 
@@ -192,7 +192,7 @@ def test_an_engine_that_was_asked_for_by_name_and_does_not_open_falls_back_to_no
 ) -> None:
     kinds.kinds = ["opens not"]
     with pytest.raises(StartupError, match="^no device$"):
-        open_proven(Settings(bundle=bundle.path, engine="tensorrt"), bundle, Metrics())
+        open_proven(Settings(bundle=bundle.path, engine="tensorrt"), bundle, Metrics(), ALL_S)
     assert kinds.asked == [("tensorrt", "auto")]
 
 
@@ -200,25 +200,25 @@ def test_a_bundle_without_a_proof_is_served_with_a_warning(
     tiny_bundle: Bundle, kinds: Kinds, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "ddetr.gate"):
-        proven = open_proven(Settings(bundle=tiny_bundle.path), tiny_bundle, Metrics())
+        proven = open_proven(Settings(bundle=tiny_bundle.path), tiny_bundle, Metrics(), ALL_S)
     assert proven.verdict.result == "no proof"
     assert "carries no proof" in caplog.text
 
 
 def test_the_gate_can_be_left_open(bundle: Bundle, kinds: Kinds) -> None:
     kinds.kinds = ["boxes moved"]
-    assert open_proven(Settings(bundle=bundle.path, gate=False), bundle, Metrics()).verdict.result == "off"
+    assert open_proven(Settings(bundle=bundle.path, gate=False), bundle, Metrics(), ALL_S).verdict.result == "off"
 
 
 def test_a_spoilt_proof_is_refused(tmp_path: Path, kinds: Kinds) -> None:
     bundle = write_tiny_bundle(tmp_path / "bundle", proof=b"not a proof")
     with pytest.raises(ParityFailed, match="the proof cannot be used"):
-        open_proven(Settings(bundle=bundle.path), bundle, Metrics())
+        open_proven(Settings(bundle=bundle.path), bundle, Metrics(), ALL_S)
     assert kinds.opened == []
 
 
 def test_a_real_engine_passes(proven: Bundle) -> None:
-    got = open_proven(Settings(bundle=proven.path, device="cpu", gate_seconds=ALL_S), proven, Metrics())
+    got = open_proven(Settings(bundle=proven.path, device="cpu"), proven, Metrics(), ALL_S)
     assert got.verdict.result == "passed"
     assert got.verdict.left_out == ()
     got.engine.close()
