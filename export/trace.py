@@ -12,8 +12,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 from torch import Tensor
 
-from export import op
-from export.feed_forward import feed_forward_as_convolutions
+from export import native_layers, op
 from export.fold import fold_batch_norms
 from export.late_values import project_values_late
 from export.proposal_scores import score_one_class
@@ -45,15 +44,17 @@ def trace(model: DeformableDetr, max_detections: int = MAX_DETECTIONS, *, for_cp
     fold_batch_norms(served)
     score_one_class(served.model)
     if for_cpu:
-        feed_forward_as_convolutions(served.model)
         project_values_late(served.model, usual_pixels(model.config))
     graph = _exported(served)
     _name_outputs(graph)
     optimizer.fold_constants(graph, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     _tidy(graph)
+    if for_cpu:
+        native_layers.use_native_layers(graph)
     proto = ir.to_proto(graph)
     del proto.graph.value_info[:]  # every runtime infers them itself
-    proto.functions.append(op.function())
+    used = {node.op_type for node in proto.graph.node if node.domain == op.DOMAIN}
+    proto.functions.extend([op.function(), *native_layers.functions(used & set(native_layers.NAMES))])
     proto.producer_name, proto.producer_version = "ddetr", ""
     config = model.config
     _check(proto, nodes=config.num_encoder_layers + config.num_decoder_layers)
@@ -149,9 +150,9 @@ def _forget_origin(model: ir.Model) -> None:
 def _check(proto: onnx.ModelProto, nodes: int) -> None:
     """Raise TraceError unless the graph is valid, float32 throughout, and has `nodes` nodes of the op."""
     onnx.checker.check_model(proto)
-    found = Counter(node.op_type for node in proto.graph.node if node.domain == op.DOMAIN)
-    if found != {op.NAME: nodes}:
-        raise TraceError(f"{nodes} layers need {nodes} {op.NAME} nodes, the graph has {dict(found)}")
+    found = Counter(node.op_type for node in proto.graph.node if node.domain == op.DOMAIN)[op.NAME]
+    if found != nodes:
+        raise TraceError(f"{nodes} layers need {nodes} {op.NAME} nodes, the graph has {found}")
     outputs = tuple(value.name for value in proto.graph.output)
     if outputs != OUTPUTS:
         raise TraceError(f"the graph's outputs should be {OUTPUTS}, are {outputs}")

@@ -38,12 +38,18 @@ LIBRARIES = (
     Library("libmsda_cpu.so", ("msda/msda_cpu.cpp",)),
     Library("libmsda_cuda.so", (), cuda=True, without_cuda=False),
     Library("libmsda_tensorrt.so", ("msda/msda_tensorrt.cpp",), cuda=True, without_cuda=False, tensorrt=True),
-    Library("libmsda_onnxruntime.so", ("msda/msda_onnxruntime.cpp", "msda/msda_cpu.cpp"), cuda=True),
+    Library(
+        "libmsda_onnxruntime.so",
+        ("msda/msda_onnxruntime.cpp", "msda/msda_cpu.cpp", "conv/conv_onnxruntime.cpp", "conv/conv_cpu.cpp"),
+        cuda=True,
+    ),
 )
 
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 FAST_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 EXACT_FLAGS = ["-ffp-contract=off"]
+# Compiled as they are for whatever library: the sums of a row in one order, wherever in a batch it stands.
+OWN_FLAGS = {"msda/msda_cpu.cpp": FAST_FLAGS, "conv/conv_cpu.cpp": ["-fno-math-errno", "-fno-trapping-math"]}
 LINKED = "-Bsymbolic,--exclude-libs,ALL"  # calls to our own functions stay inside, and CUDA's runtime is not seen
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-Wall,-Wextra", "--threads", "0"]
 # Machine code for these, where nvcc knows them. For other GPUs the driver compiles PTX: the oldest's (sm_87, sm_110) or
@@ -187,7 +193,7 @@ def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
                 flags = [*common, "-DMSDA_WITH_CUDA"] if with_cuda else common
                 if library.tensorrt:  # what its headers define inline stays inside, too
                     flags = [*flags, "-fvisibility=hidden", *(f"-isystem{path}" for path in includes or ())]
-                parts = [compiled(each, common if each == "msda/msda_cpu.cpp" else flags) for each in library.sources]
+                parts = [compiled(each, OWN_FLAGS.get(each, flags)) for each in library.sources]
                 parts += [kernel] if kernel is not None and library.cuda else []
                 built.append(link(library, folder, parts, with_cuda))
                 _say(f"built {library.name}{', with CUDA' if with_cuda else ''}")

@@ -1,5 +1,5 @@
 // ONNX Runtime's adapter: `RegisterCustomOps` brings msda::MSDeformAttn, version 1, in float and float16 to the CPU,
-// and, compiled with MSDA_WITH_CUDA, to CUDA.
+// and, compiled with MSDA_WITH_CUDA, to CUDA; and the convolutions of conv_onnxruntime.h.
 //
 // A call checks every shape before it touches memory and allocates nothing. On the CPU it shares the rows of the output
 // among ONNX Runtime's own threads; on CUDA it queues one kernel on its stream and waits for nothing: spatial_shapes
@@ -8,10 +8,16 @@
 #include <cstdarg>
 #include <cstdio>
 
+#include "../conv/conv_onnxruntime.h"
 #include "msda.h"
-#include "ort_abi.h"
+#include "ort_calls.h"
 
 namespace {
+
+using ort::at;
+using ort::Brackets;
+using ort::Runtime;
+using ort::Tensor;
 
 enum Input : size_t { kValue, kSpatialShapes, kReferencePoints, kSamplingOffsets, kAttentionLogits, kInputs };
 constexpr const char* kInputNames[kInputs] = {"value", "spatial_shapes", "reference_points", "sampling_offsets",
@@ -19,62 +25,14 @@ constexpr const char* kInputNames[kInputs] = {"value", "spatial_shapes", "refere
 constexpr size_t kRanks[kInputs] = {4, 2, 4, 6, 4};
 constexpr const char* kShapes[kInputs] = {"[N, S, M, D]", "[L, 2]", "[N, Lq, L, 2 or 4]", "[N, Lq, M, L, P, 2]",
                                           "[N, Lq, M, L*P]"};
-constexpr size_t kMaxRank = 6;
-
-template <typename Function>
-Function at(ort::Api* api, ort::Slot slot) {
-  return reinterpret_cast<Function>(const_cast<void*>(api[slot]));
-}
-
-// The functions of the table that a call needs.
-struct Runtime {
-  ort::CreateStatus create_status;
-  ort::KernelContextGetInput get_input;
-  ort::KernelContextGetOutput get_output;
-  ort::GetTensorMutableData get_data;
-  ort::GetTensorElementTypeAndShapeDataReference get_shape;
-  ort::KernelContextParallelFor parallel_for;
-  ort::KernelContextGetGPUComputeStream get_stream;
-
-  explicit Runtime(ort::Api* api)
-      : create_status(at<ort::CreateStatus>(api, ort::kSlotCreateStatus)),
-        get_input(at<ort::KernelContextGetInput>(api, ort::kSlotKernelContextGetInput)),
-        get_output(at<ort::KernelContextGetOutput>(api, ort::kSlotKernelContextGetOutput)),
-        get_data(at<ort::GetTensorMutableData>(api, ort::kSlotGetTensorMutableData)),
-        get_shape(at<ort::GetTensorElementTypeAndShapeDataReference>(
-            api, ort::kSlotGetTensorElementTypeAndShapeDataReference)),
-        parallel_for(at<ort::KernelContextParallelFor>(api, ort::kSlotKernelContextParallelFor)),
-        get_stream(at<ort::KernelContextGetGPUComputeStream>(api, ort::kSlotKernelContextGetGPUComputeStream)) {}
-};
 
 __attribute__((format(printf, 2, 3))) ort::Status* invalid(const Runtime& runtime, const char* format, ...) {
-  char message[512];
-  const int head = snprintf(message, sizeof(message), "MSDeformAttn: ");
   va_list values;
   va_start(values, format);
-  vsnprintf(message + head, sizeof(message) - head, format, values);
+  ort::Status* status = ort::invalid(runtime, "MSDeformAttn", format, values);
   va_end(values);
-  return runtime.create_status(ort::kInvalidArgument, message);
+  return status;
 }
-
-struct Tensor {
-  const void* data;
-  const int64_t* sizes;
-  size_t rank;
-};
-
-// "[2, 3, 4]"
-struct Brackets {
-  char text[24 * kMaxRank + 32];
-
-  Brackets(const int64_t* sizes, size_t rank) {
-    size_t length = snprintf(text, sizeof(text), "[");
-    for (size_t i = 0; i < rank && i < kMaxRank; ++i)
-      length += snprintf(text + length, sizeof(text) - length, i ? ", %lld" : "%lld", static_cast<long long>(sizes[i]));
-    snprintf(text + length, sizeof(text) - length, rank > kMaxRank ? ", ...]" : "]");
-  }
-  explicit Brackets(const Tensor& tensor) : Brackets(tensor.sizes, tensor.rank) {}
-};
 
 // What an input's elements are, where value's are `type`.
 constexpr int element_type(size_t index, int type) {
@@ -286,8 +244,11 @@ ort::CustomOpDomain* shared_domain(ort::Api* api) {
   static ort::CustomOpDomain* const shared = [api]() -> ort::CustomOpDomain* {
     ort::CustomOpDomain* domain = nullptr;
     if (at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain)("msda", &domain) != nullptr) return nullptr;
+    const auto add = at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd);
     for (const TypedOp& op : ops)
-      if (at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd)(domain, &op) != nullptr) return nullptr;
+      if (add(domain, &op) != nullptr) return nullptr;
+    for (size_t i = 0; const ort::CustomOp* op = conv_op(i); ++i)
+      if (add(domain, op) != nullptr) return nullptr;
     return domain;
   }();
   return shared;

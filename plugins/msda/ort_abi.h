@@ -36,7 +36,9 @@ enum Slot : size_t {
   kSlotGetTensorMutableData = 51,
   kSlotKernelContextGetInput = 90,
   kSlotKernelContextGetOutput = 91,
+  kSlotKernelInfoGetAttributeArrayInt64 = 163,
   kSlotKernelContextGetGPUComputeStream = 193,
+  kSlotKernelInfoGetConstantInputTensor = 249,
   kSlotKernelContextParallelFor = 274,
   kSlotGetTensorElementTypeAndShapeDataReference = 414,
 };
@@ -51,6 +53,10 @@ using GetTensorMutableData = Status* (*)(Value* value, void** data);
 using KernelContextGetInput = Status* (*)(const KernelContext* context, size_t index, const Value** value);
 using KernelContextGetOutput = Status* (*)(KernelContext* context, size_t index, const int64_t* sizes, size_t rank,
                                            Value** value);
+using KernelInfoGetAttributeArrayInt64 = Status* (*)(const KernelInfo* info, const char* name, int64_t* values,
+                                                     size_t* count);
+using KernelInfoGetConstantInputTensor = Status* (*)(const KernelInfo* info, size_t index, int* is_constant,
+                                                     const Value** value);
 using KernelContextGetGPUComputeStream = Status* (*)(const KernelContext* context, void** stream);
 using KernelContextParallelFor = Status* (*)(const KernelContext* context, void (*work)(void* data, size_t index),
                                              size_t total, size_t batches, void* data);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import plugins
 from bundle import BundleOccupied, Canvas, read_bundle
 from export import onnx_export
+from export.native_layers import NAMES
 from export.onnx_export import ExportError, Request, export, main, parse_canvases, variant_of
 from export.trace import trace
 from export.verify import FUNCTION, KERNEL, MAX_BOX_ERROR, MAX_SCORE_ERROR, draw_pictures
@@ -50,19 +52,25 @@ def test_every_variant_is_exported_and_agrees(exported: Callable[[str], Exported
         assert 0 < record.max_score_error <= MAX_SCORE_ERROR / 10
         assert record.detections_compared == 48 * record.batch_size
     layers = done.model.config.num_encoder_layers + done.model.config.num_decoder_layers
-    assert [node.op_type for node in done.proto().graph.node if node.domain == "msda"] == ["MSDeformAttn"] * layers
+    assert [node.op_type for node in done.proto().graph.node].count("MSDeformAttn") == layers
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_graph_is_laid_out_for_a_cpu(exported: Callable[[str], Exported], variant: str) -> None:
-    """Feed-forward networks of the encoder as convolutions; late values where the model's pictures are large enough."""
+    """Layers as ops of the native library; late values where the model's pictures are large enough."""
     done = exported(variant)
-    weights = {tensor.name: list(tensor.dims) for tensor in done.proto().graph.initializer}
-    assert weights["model.transformer.encoder.layers.0.linear1.conv.weight"] == [32, 32, 1, 1]
-    late = [name for name in weights if name.endswith("value_weight")]
-    assert len(late) == (done.model.config.num_decoder_layers if variant == "r50-refine" else 0)
-    plain = {tensor.name for tensor in trace(done.model).graph.initializer} if variant == "r50-refine" else set()
-    assert not [name for name in plain if "linear1.conv" in name or name.endswith("value_weight")]
+    proto, config = done.proto(), done.model.config
+    types = Counter(node.op_type for node in proto.graph.node)
+    assert types["LinearRelu"] >= config.num_encoder_layers + config.num_decoder_layers  # of the feed-forward networks
+    assert types["LinearAdd"] >= 2 * config.num_encoder_layers + 3 * config.num_decoder_layers  # the shortcuts
+    assert {function.name for function in proto.functions} == set(types) & {"MSDeformAttn", *NAMES}
+    late = [tensor.name for tensor in proto.graph.initializer if tensor.name.endswith("value_weight")]
+    assert len(late) == (config.num_decoder_layers if variant == "r50-refine" else 0)
+    if variant == "r50-refine":
+        plain = trace(done.model)
+        assert {node.op_type for node in plain.graph.node if node.domain} == {"MSDeformAttn"}
+        assert [function.name for function in plain.functions] == ["MSDeformAttn"]
+        assert not [tensor.name for tensor in plain.graph.initializer if tensor.name.endswith("value_weight")]
 
 
 @pytest.mark.parametrize("variant", ["r50-two-stage", "r50-single-scale"])
