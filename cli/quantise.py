@@ -8,20 +8,26 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
 
 import plugins
 from bundle import Bundle, BundleError, Manifest, QuantisedRecord, read_bundle, write_bundle
 from bundle.reader import MANIFEST_FILE
+from bundle.writer import check_place
+from export.calibrate import CalibrationError, Feed, calibrate, open_session
 from export.plain import PlainError, plain_graph
-from export.quantise import Feed, QuantiseError, calibrate, groups_of, layers_of, open_session
+from export.quantisable import groups_of, layers_of
 from export.sensitivity import Refused, agreement, answers, choose
+from export.trace import OUTPUTS
+from parity import ProofInvalid, read_proof, run_gate
 from parity.compare import Answer
 from server.errors import ShapeUnsupported
 from server.preprocess import lay_on_canvas, preprocess
@@ -32,6 +38,9 @@ INT8_FILE = "model-int8.onnx"
 CALIBRATION, MEASURED = "train", "val"
 PROBES = 16  # pictures that tell the groups apart
 MAX_AP_DROP = 0.01
+CALIBRATION_PICTURES = 64
+
+QUANTISING = (CalibrationError, PlainError, Refused)
 
 DESCRIPTION = """\
 Put a graph in 8-bit integers beside a bundle's model.onnx, for CPUs with dot-product instructions (VNNI).
@@ -44,14 +53,6 @@ EXAMPLE = """\
 example:
   ddetr export --int8 --data data/cells --bundle bundles/cells
   ddetr export --int8 --data data/cells --checkpoint best.safetensors --output bundles/cells"""
-
-
-@dataclass
-class _Measured:
-    """AP and answers of one graph on the validation part."""
-
-    ap: AveragePrecision
-    answers: list[Answer] = field(repr=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("name either --bundle, one that is there, or --checkpoint and --output, to export one first")
     if options.bundle is None and options.output is None:
         parser.error("--checkpoint needs --output, the bundle's folder")
+    if options.calibration_pictures < 1:
+        parser.error(f"--calibration-pictures is {options.calibration_pictures}; it must be at least 1")
     if options.bundle is not None and rest:
         parser.error(f"with --bundle nothing is exported: what is {' '.join(rest)} for?")
     try:
@@ -87,7 +90,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_ap_drop=options.max_ap_drop,
             threads=options.threads,
         )
-    except (BundleError, DataError, PlainError, QuantiseError, Refused, ShapeUnsupported, OSError) as error:
+    except (
+        BundleError,
+        CalibrationError,
+        DataError,
+        PlainError,
+        ProofInvalid,
+        Refused,
+        ShapeUnsupported,
+        OSError,
+    ) as error:
         print(f"ddetr export: {error}", file=sys.stderr)
         return 1
     return 0
@@ -112,7 +124,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add(
         "--calibration-pictures",
         type=int,
-        default=64,
+        default=CALIBRATION_PICTURES,
         metavar="N",
         help="most pictures to take ranges from (%(default)s)",
     )
@@ -127,66 +139,46 @@ def quantise_bundle(
     measured: CocoSplit,
     output: Path,
     *,
-    calibration_pictures: int = 64,
+    calibration_pictures: int = CALIBRATION_PICTURES,
     max_ap_drop: float = MAX_AP_DROP,
     threads: int = 0,
 ) -> Bundle:
     """Publish `bundle` with its graph in integers in folder `output`; nothing is written before AP has held.
 
-    Raises Refused where AP falls by more than `max_ap_drop`, DataError for pictures with other categories than the
-    bundle's, and what reading pictures and bundles raises.
+    Raises Refused where AP falls by more than `max_ap_drop` or the bundle's own proof fails, DataError for pictures
+    with other categories than the bundle's or without boxes, and what reading pictures and bundles raises.
     """
-    manifest = bundle.manifest
     for split in (calibration, measured):
-        if missing := sorted(set(split.category_ids) - set(manifest.categories)):
+        if missing := sorted(set(split.category_ids) - set(bundle.manifest.categories)):
             raise DataError(f"{split.annotations} has categories {missing}, which the bundle does not know")
+    if not any(len(picture.boxes) for picture in measured.pictures):
+        raise DataError(f"{measured.annotations} has no boxes to measure AP on")
+    check_place(output)
     library = plugins.onnxruntime_library()
-    started = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"{time.perf_counter() - started:7.1f} s  {line}", flush=True)
-
+    say = _Clock()
     proto = plain_graph(onnx.load(bundle.onnx_path))
     layers = layers_of(proto)
     if not layers:
-        raise QuantiseError(f"{bundle.onnx_path} has no layer that this release knows; export it again")
+        raise PlainError(f"{bundle.onnx_path} has no layer that this release knows; export it again")
     pictures = _spread(calibration.pictures, calibration_pictures)
-    ranges = calibrate(proto, layers, _feeds(pictures, manifest), library, threads)
+    ranges = calibrate(proto, layers, _feeds(pictures, bundle.manifest), library, threads)
     say(f"ranges of {len(layers)} layers from {len(pictures)} pictures of {CALIBRATION}")
 
-    def measure(graph: onnx.ModelProto, name: str) -> _Measured:
-        found = list(answers(open_session(graph, library, threads), _feeds(measured.pictures, manifest)))
-        ap = average_precision(measured.annotations, _detections(found, measured.pictures))
-        say(f"{name} on {len(measured.pictures)} pictures of {MEASURED}: AP {ap.ap:.4f}, AP50 {ap.ap50:.4f}")
-        return _Measured(ap, found)
-
-    exact = measure(proto, "float32")
-    tried: list[_Measured] = []
-
-    def accept(graph: onnx.ModelProto) -> bool:
-        tried.append(measure(graph, "integers"))
-        return exact.ap.ap - tried[-1].ap.ap <= max_ap_drop
-
+    judge = _Judge(bundle, measured, max_ap_drop, library, threads, say)
+    judge.measure(proto, "float32")
     try:
-        probes = list(_feeds(pictures[:PROBES], manifest))
-        choice = choose(proto, layers, ranges, probes, accept, library, threads, say)
+        probes = list(_feeds(pictures[:PROBES], bundle.manifest))
+        choice = choose(proto, layers, ranges, probes, judge.accepts, library, threads, say)
     except Refused as error:
-        best = max(tried, key=lambda one: one.ap.ap)
-        raise Refused(
-            f"refused: AP falls from {exact.ap.ap:.4f} to {best.ap.ap:.4f} on {len(measured.pictures)} pictures of "
-            f"{measured.annotations}, more than {max_ap_drop:g}; {error}"
-        ) from error
-    got = tried[-1]
+        raise Refused(f"refused: {judge.complaint()}; {error}") from error
+    exact, got = judge.found[0], judge.found[-1]
     agreed = agreement(exact.answers, got.answers)
-    say(
-        f"{agreed.matched:.2%} of {agreed.detections} detections matched, scores differ by "
-        f"{agreed.score_difference:.4f} on average"
-    )
+    say(f"{agreed.matched:.2%} of {agreed.detections} detections found, scores {agreed.score_difference:.4f} apart")
     content = choice.proto.SerializeToString(deterministic=True)
     record = QuantisedRecord(
         file=INT8_FILE,
         sha256=hashlib.sha256(content).hexdigest(),
-        of=manifest.hashes["onnx"],
+        of=bundle.manifest.hashes["onnx"],
         pictures=len(measured.pictures),
         ap_fp32=exact.ap.ap,
         ap_int8=got.ap.ap,
@@ -205,10 +197,90 @@ def quantise_bundle(
         path.name: path for path in sorted(bundle.path.iterdir()) if path.is_file() and path.name != MANIFEST_FILE
     }
     files[INT8_FILE] = content
-    written = write_bundle(output, manifest.model_copy(update={"int8": record}), files)
+    written = write_bundle(output, bundle.manifest.model_copy(update={"int8": record}), files)
     kept = f"; in float32: {', '.join(choice.float_groups)}" if choice.float_groups else ""
     say(f"{written.path / INT8_FILE}: {len(groups_of(layers)) - len(choice.float_groups)} groups in integers{kept}")
     return written
+
+
+class _Clock:
+    """Says lines, each with the seconds since the first step began."""
+
+    def __init__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        print(f"{time.perf_counter() - self._started_s:7.1f} s  {line}", flush=True)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """AP and answers of one graph on the measured pictures, and what the bundle's proof says against it."""
+
+    ap: AveragePrecision
+    answers: list[Answer]
+    failures: tuple[str, ...]
+
+
+class _Judge:
+    """Measures graphs on pictures with boxes; the first is the one that the others are held against."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        split: CocoSplit,
+        max_ap_drop: float,
+        library: Path | None,
+        threads: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.found: list[_Measured] = []
+        self._bundle, self._split, self._max_ap_drop = bundle, split, max_ap_drop
+        self._library, self._threads, self._say = library, threads, say
+        self._proof = read_proof(bundle)
+
+    def measure(self, graph: onnx.ModelProto, name: str) -> _Measured:
+        """Put the graph's figures at the end of `found`."""
+        pictures = self._split.pictures
+        session = open_session(graph, self._library, self._threads)
+        given = answers(session, _feeds(pictures, self._bundle.manifest))
+        ap = average_precision(self._split.annotations, _detections(given, pictures))
+        self._say(f"{name} on {len(pictures)} pictures of {MEASURED}: AP {ap.ap:.4f}, AP50 {ap.ap50:.4f}")
+        measured = _Measured(ap, given, self._proven(session) if self.found else ())
+        self.found.append(measured)
+        return measured
+
+    def accepts(self, graph: onnx.ModelProto) -> bool:
+        """Whether AP holds, and a server would take it."""
+        measured = self.measure(graph, "integers")
+        return self._drop(measured) <= self._max_ap_drop and not measured.failures
+
+    def complaint(self) -> str:
+        """What is wrong with the best that was measured."""
+        exact, *rest = self.found
+        best = max(rest, key=lambda one: (not one.failures, one.ap.ap))
+        if self._drop(best) > self._max_ap_drop:
+            return (
+                f"AP is {best.ap.ap:.4f} in integers, {exact.ap.ap:.4f} in float32, on {len(self._split.pictures)} "
+                f"pictures of {self._split.annotations}: more than {self._max_ap_drop:g} lost"
+            )
+        return f"the bundle's proof fails: {best.failures[0]}"
+
+    def _drop(self, measured: _Measured) -> float:
+        return self.found[0].ap.ap - measured.ap.ap
+
+    def _proven(self, session: onnxruntime.InferenceSession) -> tuple[str, ...]:
+        """What a server's gate will say against the graph."""
+        if self._proof is None:
+            return ()
+
+        def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
+            found: Sequence[Any] = session.run(list(OUTPUTS), {"images": images, "sizes": sizes})
+            return found
+
+        report = run_gate(infer, self._proof, "int8", [1])
+        self._say(f"the bundle's proof: {'passed' if report.passed else report.failures[0]}")
+        return report.failures
 
 
 def _spread(pictures: Sequence[Picture], most: int) -> list[Picture]:

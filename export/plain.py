@@ -2,7 +2,7 @@
 
 import onnx
 import onnx_ir as ir
-from onnx.inliner import inline_selected_functions
+from onnx.inliner import inline_local_functions, inline_selected_functions
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
@@ -26,7 +26,7 @@ def plain_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
     if foreign:
         raise PlainError(f"the graph has {', '.join(sorted(foreign))}, whose functions the file does not carry")
     if len(plain.functions) < len(proto.functions):
-        model = ir.from_proto(onnx.shape_inference.infer_shapes(plain))
+        model = ir.from_proto(_with_shapes(plain))
         passes.IdentityEliminationPass()(model)
         optimizer.fold_constants(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
         _cancel_transpositions(model.graph)
@@ -34,11 +34,26 @@ def plain_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
         passes.RemoveUnusedNodesPass()(model)
         passes.TopologicalSortPass()(model)
         plain = ir.to_proto(model)
+    maker = {name: node for node in plain.graph.node for name in node.output}
     for number, node in enumerate(plain.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"
-    # Through the op's function: ONNX Runtime knows nothing of what the native kernel gives, and where it does not know
-    # a tensor's rank it does not turn the convolution behind it to the layout that its integer kernels want.
-    return onnx.shape_inference.infer_shapes(plain)
+        before = maker.get(node.input[0]) if node.op_type == "LayerNormalization" else None
+        if before is not None and before.op_type == "Add":
+            before.op_type = "Sum"  # as `export.trace` spells it, and why
+    return _with_shapes(plain)
+
+
+def _with_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` with the shapes of its tensors, those behind the op too, which are known from its function alone.
+
+    Without them ONNX Runtime, which knows nothing of what the native kernel gives, does not turn the convolutions
+    behind it to the layout that its integer kernels want.
+    """
+    shapes = onnx.shape_inference.infer_shapes(inline_local_functions(proto)).graph.value_info
+    made = {name for node in proto.graph.node for name in node.output}
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(value for value in shapes if value.name in made)
+    return proto
 
 
 def _cancel_transpositions(graph: ir.Graph) -> None:

@@ -3,53 +3,27 @@
 Activations are uint8 with one range a tensor, weights int8 with one scale an output channel: the pair that the
 processors' dot-product instructions (VNNI) take. Ranges are fixed, from calibration pictures: ranges taken from the
 batch at hand would let an image's answer depend on its neighbours. A convolution hands integers on to the next one,
-its ReLU inside its range and the residual addition between integers; a linear layer gives floats. What is precise by
-nature stays float32: the op, norms, softmax, positions, boxes, class scores, and the first convolution, whose three
-channels an integer kernel computes no faster.
+its ReLU inside its range and the residual addition between integers, and so does the first half of a feed-forward
+network; other linear layers give floats. The first convolution takes the picture's own bytes. What is precise by nature
+stays float32: the op, norms, softmax, positions, boxes and class scores.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-Feed = Mapping[str, NDArray[np.generic]]
-"""The served graph's inputs of one batch."""
-Ranges = Mapping[str, tuple[float, float]]
-"""A tensor's name to its smallest and largest value, on calibration pictures."""
+from export.calibrate import Ranges
+from export.quantisable import Layer, Wiring
+from export.stem import Stem, block_nodes, block_weight, block_window, find_stem
 
 _CONTRIB = "com.microsoft"  # operators that every ONNX Runtime has
-_STAYS_FLOAT = ("class_embed", "bbox_embed", "reference_points", "pos_trans")
-_GROUPS = (
-    (r"backbone\.(layer\d+)\.", r"backbone.\1"),
-    (r"input_proj\.", "input_proj"),
-    (r"transformer\.(?:en|de)coder\..*\.sampling_offsets", "sampling_offsets"),
-    (r"transformer\.((?:en|de)coder)\.layers\.(\d+)\.", r"\1.\2"),
-    (r"transformer\.(\w+)", r"\1"),
-)
-"""A weight's path in the network to the group that is tried, and left out, as a whole."""
 _POOL_ATTRIBUTES = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
-_LEAST_CHANNELS = 4  # what one dot-product instruction sums
-
-
-class QuantiseError(ValueError):
-    """The graph cannot be quantised; the message says which part."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or linear layer that may compute in integers; `path` is its place in the network."""
-
-    node: str
-    path: str
-    group: str
+_BYTE = "pixel:scale", "pixel:zero"
+"""Names of a byte's own scale, 1, and zero point, 0."""
 
 
 @dataclass(frozen=True)
@@ -62,123 +36,10 @@ class _Twin:
     real_scale: np.float32
 
 
-def layers_of(proto: onnx.ModelProto) -> tuple[Layer, ...]:
-    """The layers of a served graph that may compute in integers."""
-    graph = _Graph(proto)
-    layers = []
-    for node in proto.graph.node:
-        path = graph.path(node)
-        if path is None or any(part in path for part in _STAYS_FLOAT):
-            continue
-        group = next((re.match(p, path).expand(g) for p, g in _GROUPS if re.match(p, path)), None)  # type: ignore[union-attr]
-        if group is not None:
-            layers.append(Layer(node.name, path, group))
-    return tuple(layers)
-
-
-def groups_of(layers: Iterable[Layer]) -> tuple[str, ...]:
-    """The groups in the order in which a picture meets them."""
-    return tuple(dict.fromkeys(layer.group for layer in layers))
-
-
-def calibrate(
-    proto: onnx.ModelProto, layers: Sequence[Layer], feeds: Iterable[Feed], library: Path | None, threads: int = 0
-) -> dict[str, tuple[float, float]]:
-    """The range of every tensor that `quantise` may turn into integers, over all `feeds`.
-
-    library: the native kernel's, for ONNX Runtime; threads: its number of threads, 0 for one a core.
-    """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(proto)
-    graph = _Graph(probe)
-    tensors = sorted({t for layer in layers for t in graph.touched(graph.node[layer.node])})
-    for tensor in tensors:
-        for reduce in ("ReduceMin", "ReduceMax"):
-            probe.graph.node.append(helper.make_node(reduce, [tensor], [f"{tensor}:{reduce}"], keepdims=0))
-            probe.graph.output.append(helper.make_tensor_value_info(f"{tensor}:{reduce}", TensorProto.FLOAT, []))
-    session = open_session(probe, library, threads)
-    names = [value.name for value in session.get_outputs()][len(proto.graph.output) :]
-    rows = np.array([session.run(names, dict(feed)) for feed in feeds], np.float32)  # [pictures, 2 * tensors]
-    if not rows.size or not np.isfinite(rows).all():
-        raise QuantiseError("no calibration pictures" if not rows.size else "a layer's values are not finite numbers")
-    low, high = rows[:, ::2].min(0), rows[:, 1::2].max(0)
-    return {tensor: (float(low[i]), float(high[i])) for i, tensor in enumerate(tensors)}
-
-
-def open_session(proto: onnx.ModelProto, library: Path | None, threads: int = 0) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime on the CPU, with the native kernel if its library is given."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def quantise(proto: onnx.ModelProto, layers: Collection[Layer], ranges: Ranges) -> onnx.ModelProto:
     """A copy of `proto` whose `layers` compute in integers; what `proto` computes elsewhere is as it was."""
     writer = _Writer(proto, {layer.node for layer in layers}, ranges)
     return writer.written()
-
-
-class _Graph:
-    """Who makes and who takes each tensor of a graph."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.node = {node.name: node for node in proto.graph.node}
-        self.constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-        self.maker = {name: node for node in proto.graph.node for name in node.output}
-        self.takers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-        for node in proto.graph.node:
-            for name in node.input:
-                self.takers[name].append(node)
-        for value in proto.graph.output:
-            self.takers[value.name].append(onnx.NodeProto())
-
-    def path(self, node: onnx.NodeProto) -> str | None:
-        """The place in the network of a convolution or product whose kernel can be integers; else None."""
-        weight = self.constants.get(node.input[1]) if node.op_type in ("Conv", "MatMul") else None
-        if weight is None or weight.data_type != TensorProto.FLOAT or not all(weight.dims):
-            return None
-        # By its bias: a weight loses its name when it is brought into another order.
-        if node.op_type == "Conv":
-            known = len(node.input) > 2 and node.input[2] in self.constants and weight.dims[1] >= _LEAST_CHANNELS
-            name = node.input[2] if known else ""
-        else:
-            bias = self.bias(node)
-            name = bias[1].name if bias is not None and len(weight.dims) == 2 else ""
-        match = re.fullmatch(r"model\.(.+)\.bias", name)
-        return match[1] if match else None
-
-    def bias(self, product: onnx.NodeProto) -> tuple[onnx.NodeProto, onnx.TensorProto] | None:
-        """The addition of a constant vector that a product's result goes into and nowhere else, with the vector."""
-        taker = self.only_taker(product.output[0], "Add") or self.only_taker(product.output[0], "Sum")
-        if taker is None or len(taker.input) != 2:
-            return None
-        vector = next((self.constants[name] for name in taker.input if name in self.constants), None)
-        return (taker, vector) if vector is not None and len(vector.dims) == 1 else None
-
-    def only_taker(self, tensor: str, op_type: str) -> onnx.NodeProto | None:
-        """The one node that takes `tensor`, if it is of this type."""
-        takers = self.takers[tensor]
-        return takers[0] if len(takers) == 1 and takers[0].op_type == op_type else None
-
-    def rectified(self, node: onnx.NodeProto) -> str:
-        """A node's result, behind its ReLU where that is all that takes it."""
-        relu = self.only_taker(node.output[0], "Relu")
-        name: str = (node if relu is None else relu).output[0]
-        return name
-
-    def touched(self, node: onnx.NodeProto) -> set[str]:
-        """The tensors that are integers if a layer is: what it takes and, of a convolution, what it and the residual
-        addition behind it make."""
-        if node.op_type == "MatMul":
-            return {node.input[0]}
-        made = self.rectified(node)
-        sums = [taker for taker in self.takers[made] if taker.op_type == "Add"]
-        pools = [maker for maker in [self.maker.get(node.input[0])] if maker is not None and maker.op_type == "MaxPool"]
-        taken = (maker.input[0] for maker in pools)
-        return {node.input[0], made, *taken, *(self.rectified(taker) for taker in sums)}
 
 
 class _Writer:
@@ -186,7 +47,7 @@ class _Writer:
 
     def __init__(self, proto: onnx.ModelProto, chosen: Collection[str], ranges: Ranges) -> None:
         self._proto, self._chosen, self._ranges = proto, chosen, ranges
-        self._graph = _Graph(proto)
+        self._graph = Wiring(proto)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
         self._twins: dict[str, _Twin] = {}
@@ -212,11 +73,16 @@ class _Writer:
         result = onnx.ModelProto()
         result.CopyFrom(self._proto)
         del result.graph.node[:], result.graph.initializer[:]
-        result.graph.node.extend(self._nodes)
-        used = {name for node in self._nodes for name in node.input}
+        used = {value.name for value in self._proto.graph.output}
+        kept = []
+        for node in reversed(self._nodes):  # what nobody takes any more is left out: the normalisation of the pixels
+            if not used.isdisjoint(node.output):
+                kept.append(node)
+                used.update(node.input)
+        result.graph.node.extend(reversed(kept))
         constants = [*self._proto.graph.initializer, *self._constants]
         result.graph.initializer.extend(tensor for tensor in constants if tensor.name in used)
-        made = {name for node in self._nodes for name in node.output}
+        made = {name for node in kept for name in node.output}
         known = [value for value in result.graph.value_info if value.name in made]
         del result.graph.value_info[:]
         result.graph.value_info.extend(known)
@@ -226,21 +92,32 @@ class _Writer:
         return result
 
     def _convolution(self, node: onnx.NodeProto) -> None:
-        x = self._as_integers(node.input[0])
-        weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=0)
-        bias = numpy_helper.to_array(self._graph.constants[node.input[2]]).astype(np.float64) / (x.real_scale * scale)
-        limits = np.iinfo(np.int32)
-        whole = np.clip(np.rint(bias), limits.min, limits.max).astype(np.int32)
+        real = numpy_helper.to_array(self._graph.constants[node.input[1]])
+        stem = find_stem(node, self._proto)
+        if stem is None:
+            x, window = self._as_integers(node.input[0]), node.attribute
+        else:
+            x, real = self._blocks(stem), block_weight(real, stem)
+            window = block_window()
+        weight, scale = _by_channel(real, axis=0)
+        bias = numpy_helper.to_array(self._graph.constants[node.input[2]])
         inputs = [
             *_names(x),
             *self._weight(node.name, weight, scale),
             *self._made(node)[1:],
-            self._constant(f"{node.name}:bias", whole),
+            self._bias(node.name, bias, x.real_scale * scale),
         ]
         made = self._twins[self._graph.rectified(node)]
         written = helper.make_node("QLinearConv", inputs, [made.name], node.name)
-        written.attribute.extend(node.attribute)
+        written.attribute.extend(window)
         self._nodes.append(written)
+
+    def _blocks(self, stem: Stem) -> _Twin:
+        nodes, constants, name = block_nodes(stem)
+        self._nodes += nodes
+        self._constants += constants
+        one, zero = np.array(1, np.float32), np.array(0, np.uint8)
+        return _Twin(name, self._constant(_BYTE[0], one), self._constant(_BYTE[1], zero), np.float32(1))
 
     def _is_residual(self, node: onnx.NodeProto) -> bool:
         """Whether a node adds what two convolutions made, or one made and another took."""
@@ -271,6 +148,10 @@ class _Writer:
         self._nodes.append(helper.make_node("QLinearAdd", [*inputs, *made[1:]], [made[0]], node.name, domain=_CONTRIB))
 
     def _linear(self, node: onnx.NodeProto) -> None:
+        hidden = self._graph.hidden(node)
+        if hidden is not None and self._graph.takers[hidden][0].name in self._chosen:
+            self._hidden(node, hidden)
+            return
         x = self._as_integers(node.input[0])
         weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=1)
         b, b_scale, b_zero = self._weight(node.name, weight, scale)
@@ -281,6 +162,29 @@ class _Writer:
             inputs, output = [*inputs, vector.name], addition.output[0]
         self._nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [output], node.name, domain=_CONTRIB))
         self._floats.add(output)
+
+    def _hidden(self, node: onnx.NodeProto, hidden: str) -> None:
+        """A linear layer and its ReLU as a convolution of one pixel, which hands on integers."""
+        bias = self._graph.bias(node)
+        assert bias is not None  # of a hidden layer there is one
+        addition, vector = bias
+        x, made = self._as_integers(node.input[0]), self._twin(hidden)
+        weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=1)
+        map_in, map_out = f"{made.name}:map", f"{made.name}:made"
+        axis = self._constant(f"{node.name}:axis", np.array([2]))
+        inputs = [
+            map_in,
+            *_names(x)[1:],
+            *self._weight(node.name, np.ascontiguousarray(weight.T[:, :, None, None]), scale),
+            *_names(made)[1:],
+            self._bias(node.name, numpy_helper.to_array(vector), x.real_scale * scale),
+        ]
+        self._nodes += [
+            helper.make_node("Unsqueeze", [x.name, axis], [map_in], f"{node.name}:map"),  # [N, S, 1, C]
+            helper.make_node("QLinearConv", inputs, [map_out], node.name, domain=_CONTRIB, channels_last=1),
+            helper.make_node("Squeeze", [map_out, axis], [made.name], f"{node.name}:made"),
+        ]
+        self._done |= {addition.name, self._graph.takers[addition.output[0]][0].name}
 
     def _float(self, node: onnx.NodeProto) -> None:
         kept = onnx.NodeProto()
@@ -340,6 +244,12 @@ class _Writer:
             self._constant(f"{node}:weight_scale", scale),
             self._constant(f"{node}:weight_zero", np.zeros(scale.shape, np.int8)),
         )
+
+    def _bias(self, node: str, bias: NDArray[np.float32], scale: NDArray[np.float32]) -> str:
+        """A bias in the units of the sum it is added to."""
+        limits = np.iinfo(np.int32)
+        whole = np.clip(np.rint(bias.astype(np.float64) / scale), limits.min, limits.max)
+        return self._constant(f"{node}:bias", whole.astype(np.int32))
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
         self._constants.append(numpy_helper.from_array(value, name))

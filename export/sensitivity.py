@@ -9,7 +9,9 @@ import onnx
 import onnxruntime
 
 from bundle import Agreement
-from export.quantise import Feed, Layer, Ranges, groups_of, open_session, quantise
+from export.calibrate import Feed, Ranges, open_session
+from export.quantisable import Layer, groups_of
+from export.quantise import quantise
 from export.trace import OUTPUTS
 from parity.compare import Answer, iou
 
@@ -56,7 +58,7 @@ def choose(
         if accept(candidate):
             return Choice(candidate, tuple(group for group in groups if group in floats))
         if len(floats) + 1 > MOST_FLOAT * len(groups):
-            raise Refused(f"not with {', '.join(floats) or 'no group'} in float32 either")
+            raise Refused(f"nor with {', '.join(floats)} in float32" if floats else "there are no groups to leave out")
         order = order or _most_harmful_first(proto, layers, ranges, probes, library, threads, say)
         floats.append(order[len(floats)])
         say(f"without {', '.join(floats)}:")
