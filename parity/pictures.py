@@ -13,9 +13,9 @@ FILLS = ((256, 256), (190, 248), (226, 134), (239, 208), (141, 222))
 _OCTAVES = ((4, 7), (11, 6), (29, 5))  # cells a side, and the strength of their field as a power of two
 _SPOTS = 24
 _GRAIN = 128  # side of the square of noise that is repeated, px
-_UNIT = 10  # fractional bits of an interpolation's weights
+_UNIT = 7  # fractional bits of an interpolation's weights: with values of 8 bits all fits into 16
 
-Integers = NDArray[np.int32]
+Integers = NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,13 @@ def random_integers(seed: int, stream: int, count: int) -> NDArray[np.uint64]:
 
 
 def _picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    levels = np.full((height, width, 3), 128, np.int32)
+    levels = np.full((height, width, 3), 128, np.int16)
     for stream, (cells, strength) in enumerate(_OCTAVES):
-        levels += _field(seed, stream, height, width, cells) >> (8 - strength)
+        field = _field(seed, stream, height, width, cells)
+        field >>= np.int16(8 - strength)
+        levels += field
     _add_spots(levels, seed)
-    noise = (random_integers(seed, 99, _GRAIN * _GRAIN * 3) % np.uint64(25)).astype(np.int32) - 12
+    noise = (random_integers(seed, 99, _GRAIN * _GRAIN * 3) % np.uint64(25)).astype(np.int16) - 12
     repeats = (-(-height // _GRAIN), -(-width // _GRAIN), 1)
     levels += np.tile(noise.reshape(_GRAIN, _GRAIN, 3), repeats)[:height, :width]
     np.clip(levels, 0, 255, out=levels)
@@ -71,22 +73,25 @@ def _picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 
 def _field(seed: int, stream: int, height: int, width: int, cells: int) -> Integers:
     """Values of -128..127 on a grid of `cells` a side, interpolated linearly: [height, width, 3]."""
-    nodes = (random_integers(seed, stream, (cells + 1) ** 2 * 3) >> np.uint64(56)).astype(np.int32) - 128
+    nodes = (random_integers(seed, stream, (cells + 1) ** 2 * 3) >> np.uint64(56)).astype(np.int16) - 128
     nodes = nodes.reshape(cells + 1, cells + 1, 3)
     row, v = _weights(height, cells)
     column, u = _weights(width, cells)
-    one = 1 << _UNIT
+    one = np.int16(1 << _UNIT)
     across = nodes[:, column] * (one - u)[:, None] + nodes[:, column + 1] * u[:, None]  # [cells + 1, width, 3]
-    across >>= _UNIT
-    field: Integers = np.add(across[row] * (one - v)[:, None, None], across[row + 1] * v[:, None, None])
-    field >>= _UNIT
-    return field
+    across >>= np.int16(_UNIT)
+    rows = across.reshape(cells + 1, width * 3)
+    field: Integers = rows[row]
+    field *= (one - v)[:, None]
+    field += rows[row + 1] * v[:, None]
+    field >>= np.int16(_UNIT)
+    return field.reshape(height, width, 3)
 
 
 def _weights(side: int, cells: int) -> tuple[NDArray[np.int64], Integers]:
     """For each pixel the grid's node before it, and the weight of the one after it in 1 << _UNIT."""
     place = (np.arange(side, dtype=np.int64) * cells << _UNIT) // side
-    return place >> _UNIT, (place & ((1 << _UNIT) - 1)).astype(np.int32)
+    return place >> _UNIT, (place & ((1 << _UNIT) - 1)).astype(np.int16)
 
 
 def _add_spots(levels: Integers, seed: int) -> None:
@@ -104,4 +109,4 @@ def _add_spots(levels: Integers, seed: int) -> None:
         dx = np.arange(left, left + part.shape[1], dtype=np.int64)[None] - x
         distance = (dy * dy * 1024) // (a * a) + (dx * dx * 1024) // (b * b)  # 1024 on the edge
         shade = np.where(distance <= 1024, 1280 - np.maximum(0, 512 - distance), 0)[..., None]
-        part += (shade * np.array([c % 181 - 120 for c in colour], np.int64) // 1280).astype(np.int32)
+        part += (shade * np.array([c % 181 - 120 for c in colour], np.int64) // 1280).astype(np.int16)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ def proof_from(content: bytes) -> Proof:
                 for number, entry in enumerate(head["canvases"])
             )
         return Proof(canvases, int(head["detections"]), tuple(head["categories"]), head["half"])
-    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, ProofInvalid):
             raise
         raise ProofInvalid(f"not a proof: {type(error).__name__}: {error}") from error

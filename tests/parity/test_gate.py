@@ -1,0 +1,212 @@
+"""The gate lets right engines through, in both precisions, and stops every one that is wrong in some way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+import plugins
+from benchmarks.corruptions import CORRUPTIONS, Corruption, rounded_to_half, run
+from bundle import Bundle, Canvas, embedded_bundle, read_bundle
+from export.precision import to_half
+from export.trace import trace
+from models import load_checkpoint
+from parity import GateReport, Infer, Proof, read_proof, run_gate
+from parity.gate import batches_of
+from tests.parity.test_proof import small_proof
+
+BATCH_SIZE = 3
+EXPECTED = {
+    "one weight's sign flipped": {"median box error"},
+    "one weight's exponent bit flipped": {"difference of the sorted scores"},
+    "two channels swapped": {"difference of the sorted scores"},
+    "red and blue swapped": {"strays", "difference of the sorted scores"},
+    "reference points in half precision": {"signature"},
+    "sampling locations in half precision": {"signature"},
+    "corners aligned in the sampling": {"difference of the sorted scores"},
+    "batch size 1 baked in, others raise": {"raised"},
+    "batch size 1 baked in, slot 0's answer for all": {"strays"},
+    "one slot's answer zero": {"labels"},
+    "slots turned by one": {"strays"},
+    "the answer of the batch before": {"strays"},
+    "height and width of sizes swapped": {"strays"},
+    "mask ignored": {"strays"},
+    "a neighbour's pixels in the padding": {"strays"},
+    "1/32 of a neighbour's pixels": {"difference of the sorted scores"},
+    "labels off by one": {"labels"},
+    "two labels swapped": {"strays"},
+    "scores not sorted": {"scores"},
+    "one NaN": {"boxes"},
+    "middle and size instead of corners": {"boxes"},
+    "half the detections": {"boxes"},
+}
+"""Corruption to the figures that have to be among those that catch it."""
+OF_THE_GRAPH = {name for name in list(EXPECTED)[:7] if not name.startswith("red")}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Bundle:
+    return read_bundle(embedded_bundle())
+
+
+@pytest.fixture(scope="module")
+def proof(embedded: Bundle) -> Proof:
+    proof = read_proof(embedded)
+    assert proof is not None
+    return proof
+
+
+@pytest.fixture(scope="module")
+def full(embedded: Bundle) -> onnx.ModelProto:
+    return onnx.load(embedded.onnx_path)
+
+
+@pytest.fixture(scope="module")
+def half(full: onnx.ModelProto) -> onnx.ModelProto:
+    return rounded_to_half(full)
+
+
+def gate(infer: Infer, proof: Proof, precision: str, rounds: int | None = 2) -> GateReport:
+    """On the first canvas, which has the signatures."""
+    return run_gate(infer, proof, precision, (BATCH_SIZE,), [proof.canvases[0].canvas], rounds=rounds)
+
+
+def test_the_embedded_bundle_passes_whole(embedded: Bundle, proof: Proof) -> None:
+    said: list[str] = []
+    infer = run(onnx.load(embedded.onnx_path), plugins.onnxruntime_library())
+    report = run_gate(infer, proof, "fp32", (1, BATCH_SIZE), progress=said.append)
+    assert report.passed, report.failures
+    assert len(report.rows) == len(proof.canvases) * (4 + 4 * BATCH_SIZE)
+    assert len(said) == len(proof.canvases) * 2
+    assert all(line.endswith("passed") for line in said)
+    assert max(row.figures.box_max for row in report.rows) < 5e-6
+    assert max(row.figures.signature for row in report.rows) < 0.01
+    slots = {(row.canvas, row.slot): {r.picture for r in report.rows if r.slot == row.slot} for row in report.rows}
+    assert all(len(pictures) > 1 for pictures in slots.values()), "each slot has seen different pictures"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_right_graphs_pass_in_their_precision(
+    full: onnx.ModelProto, half: onnx.ModelProto, proof: Proof, kernel: bool
+) -> None:
+    library = plugins.onnxruntime_library() if kernel else None
+    if kernel and library is None:
+        pytest.skip("the native kernel was not built")
+    assert gate(run(full, library), proof, "fp32").passed
+    assert gate(run(full, library), proof, "fp16").passed
+    report = gate(run(half, library), proof, "fp16")
+    assert report.passed, report.failures
+    assert max(row.figures.signature for row in report.rows) < 0.1
+    assert not gate(run(half, library), proof, "fp32").passed, "half precision is not float32"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_graph_that_an_engine_of_half_precision_is_built_of_passes(embedded: Bundle, proof: Proof) -> None:
+    assert embedded.checkpoint_path is not None
+    model = load_checkpoint(embedded.checkpoint_path)
+    to_half(model)
+    report = gate(run(trace(model), plugins.onnxruntime_library()), proof, "fp16", rounds=None)
+    assert report.passed, report.failures
+    assert max(row.figures.signature for row in report.rows) < 0.1
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda corruption: corruption.name)
+def test_a_corrupted_engine_of_half_precision_is_caught(
+    half: onnx.ModelProto, proof: Proof, corruption: Corruption
+) -> None:
+    report = gate(corruption.engine(half, plugins.onnxruntime_library()), proof, "fp16")
+    assert not report.passed
+    assert set(report.caught_by) >= EXPECTED[corruption.name], report.failures[:5]
+    for line in report.failures:
+        assert line.startswith(f"canvas {proof.canvases[0].canvas}, batch of {BATCH_SIZE}"), line
+
+
+@pytest.mark.parametrize("corruption", [c for c in CORRUPTIONS if c.name in OF_THE_GRAPH], ids=lambda c: c.name)
+def test_a_corrupted_graph_of_float32_is_caught(full: onnx.ModelProto, proof: Proof, corruption: Corruption) -> None:
+    report = gate(corruption.engine(full, plugins.onnxruntime_library()), proof, "fp32")
+    assert set(report.caught_by) >= EXPECTED[corruption.name], report.failures[:5]
+
+
+def test_every_corruption_has_its_expectation() -> None:
+    assert {corruption.name for corruption in CORRUPTIONS} == set(EXPECTED)
+
+
+def test_the_right_slot_is_named(full: onnx.ModelProto, proof: Proof) -> None:
+    right = run(full, plugins.onnxruntime_library())
+
+    def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
+        boxes, scores, labels = (np.array(output) for output in right(images, sizes))
+        boxes[1] = np.clip(boxes[1] + 0.02, 0, 1)
+        return boxes, scores, labels
+
+    report = gate(infer, proof, "fp32")
+    assert {row.slot for row in report.rows if row.failures} == {1}
+    assert all(", slot 1, picture " in line for line in report.failures if "all slots" not in line)
+    assert all(row.got is not None for row in report.rows if row.failures)
+    assert all(row.got is None for row in report.rows if not row.failures)
+
+
+# --- without a network ---------------------------------------------------------------------------------------------
+
+
+def answer(proof: Proof, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """What is expected of each picture, found by its size."""
+    (part,) = proof.canvases
+    known = {tuple(size): want for size, want in zip(part.pictures().sizes.tolist(), part.expected, strict=True)}
+    wants = [known[tuple(size)] for size in sizes.tolist()]
+    return [np.stack([getattr(want, name) for want in wants]) for name in ("boxes", "scores", "labels")]
+
+
+def test_an_engine_that_answers_as_expected_passes() -> None:
+    proof = small_proof()
+    report = run_gate(lambda i, s: answer(proof, i, s), proof, "fp32", (1, 2, 5))
+    assert report.passed, report.failures
+    assert {(row.batch_size, row.slot) for row in report.rows} == {(b, s) for b in (1, 2, 5) for s in range(b)}
+
+
+def test_an_engine_that_raises_is_a_failure_of_that_batch() -> None:
+    proof = small_proof()
+
+    def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
+        if len(images) == 2:
+            raise RuntimeError("out of\nmemory")
+        return answer(proof, images, sizes)
+
+    report = run_gate(infer, proof, "fp32", (1, 2))
+    assert report.failures == ("canvas 32x64, batch of 2: raised: RuntimeError: out of memory",) * 2
+    assert {row.batch_size for row in report.rows} == {1}
+
+
+def test_an_answer_for_fewer_pictures_is_a_failure() -> None:
+    proof = small_proof()
+    report = run_gate(lambda i, s: [part[:1] for part in answer(proof, i, s)], proof, "fp32", (2,))
+    assert report.failures[0].endswith("batch: boxes, scores, labels of [1, 1, 1] images, expected 2")
+
+
+def test_a_canvas_without_a_proof_is_a_failure() -> None:
+    proof = small_proof()
+    report = run_gate(lambda i, s: answer(proof, i, s), proof, "fp32", (1,), [Canvas(height=64, width=64)])
+    assert report.failures == ("canvas 64x64: canvas: the proof has none of this size, only 32x64",)
+
+
+def test_nothing_compared_is_not_passed() -> None:
+    assert not run_gate(lambda i, s: [], small_proof(), "fp32", ()).passed
+
+
+@pytest.mark.parametrize("pictures", [2, 3, 4, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 8])
+def test_every_slot_sees_different_pictures_and_every_picture_is_seen(pictures: int, batch_size: int) -> None:
+    batches = batches_of(pictures, batch_size)
+    assert all(len(batch) == batch_size for batch in batches)
+    assert {index for batch in batches for index in batch} == set(range(pictures))
+    for slot in range(batch_size):
+        assert len({batch[slot] for batch in batches}) > 1
+    if batch_size > 1:
+        for index in range(pictures):
+            assert len({slot for batch in batches for slot, seen in enumerate(batch) if seen == index}) > 1
