@@ -128,12 +128,12 @@ def _edit_weight(tensor: TensorProto, edit: Callable[[NDArray[Any]], None]) -> N
 
 
 def _flip_one_weight(proto: onnx.ModelProto) -> None:
-    """The sign of the largest weight of the encoder's first feed-forward layer."""
+    """The sign of the largest weight of a convolution of the backbone."""
 
     def flip(values: NDArray[Any]) -> None:
         values.flat[np.abs(values).argmax()] *= -1
 
-    _edit_weight(next(_weights(proto, lambda dims: len(dims) == 2 and dims[1] == 4 * dims[0])), flip)
+    _edit_weight(list(_weights(proto, _is_kernel))[3], flip)
 
 
 def _flip_one_bit(proto: onnx.ModelProto) -> None:
