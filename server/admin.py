@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.body import read_body
 from server.errors import BadBody, BadParameter, BodyTimeout, BundleNotPromoted
+from server.promote import Trial
 from server.routes import gate_content, json_response, while_connected
 from server.schema import ADMIN_GET_RESPONSES, ADMIN_POST_RESPONSES
 from server.service import Service
-from server.swap import Swaps, Trial
+from server.swap import Swaps
 
 _MOST_BYTES = 64 * 1024
 _LONGEST_TRIAL_S = 24 * 3600.0

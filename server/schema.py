@@ -11,7 +11,7 @@ from server.batch_queue import PRIORITIES
 from server.errors import ServiceError
 from server.gate import Result
 from server.options import DetectOptions
-from server.swap import Cause, State
+from server.promote import Cause, State
 
 
 class ModelNameSchema(BaseModel):

@@ -152,7 +152,7 @@ class Service:
         """Why no request should be sent here, or None."""
         if not self._started:
             return "starting"
-        if self.admission.draining or self.leaving:
+        if self.stopping:
             return "draining"
         if self.batcher.works:
             return None
@@ -164,6 +164,11 @@ class Service:
         standing_in = (verdict for verdict in self.served.verdicts if verdict.passed_over)
         told = (f"{verdict.engine} stands in for {'; '.join(verdict.passed_over)}" for verdict in standing_in)
         return "; ".join(dict.fromkeys(told)) or None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it is about to stop, or has begun to."""
+        return self.admission.draining or self.leaving
 
     def trouble(self) -> str | None:
         """Why the process should be restarted unless this passes soon: a stage that does not get on. None if all do."""

@@ -134,7 +134,7 @@ def test_a_picture_too_large_to_keep_is_dropped() -> None:
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr("server.swap._now_s", lambda: self.now_s)
+        monkeypatch.setattr("server.promote._now_s", lambda: self.now_s)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_bundle_of_another_size_is_shown_the_picture_as_it_wants_it(clock: Clo
 
 
 def test_an_engine_that_hangs_on_a_live_picture_holds_nobody_up(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.swap._REST_S", 0.05)
+    monkeypatch.setattr("server.promote._REST_S", 0.05)
 
     async def test(site: SwapSite) -> None:
         swapping = site.swap("/bundles/8", shadow_percent=100, shadow_seconds=60)

@@ -186,11 +186,11 @@ def test_after_three_openings_that_hang_there_is_no_fourth() -> None:
         site.bundles.gate.clear()
         for _ in range(3):
             assert (await site.swap("/bundles/8")).status_code == 422
-        refused = await site.begin("/bundles/8")
-        assert refused.status_code == 409
+        refused = await site.swap("/bundles/8")
+        assert refused.status_code == 422
         assert "3 openings hang" in refused.json()["error"]["message"]
         site.bundles.gate.set()
-        await site.until(lambda: not any(worker.alive for worker in site.swaps._hanging))
+        await site.until(lambda: not any(worker.alive for worker in site.swaps._promotion._hanging))
         assert (await site.begin("/bundles/8")).status_code == 202
 
     run(test, swap_timeout_seconds=0.1)
