@@ -81,7 +81,7 @@ class OnnxRuntimeEngine:
         session_options.inter_op_num_threads = 1
         if library is not None:
             try:
-                session_options.register_custom_ops_library(str(library))
+                _register(session_options, library, for_cuda=provider != _CPU)
             except Exception as error:
                 raise StartupError(f"ONNX Runtime {ort.__version__} refuses {library}: {error}") from error
         options = {} if provider == _CPU else {"device_id": str(index)}
@@ -145,6 +145,19 @@ def has_cuda_kernel(library: Path) -> bool:
         return hasattr(ctypes.CDLL(str(library)), "msda_forward_cuda_host_shapes")
     except OSError:
         return False
+
+
+def _register(options: ort.SessionOptions, library: Path, *, for_cuda: bool) -> None:
+    """The library's ops, of which some have no kernel for CUDA: there the model's functions are better than the CPU."""
+    if not for_cuda:
+        options.register_custom_ops_library(str(library))
+        return
+    choose = ctypes.CDLL(str(library)).msda_register_for_cuda  # of this thread
+    choose(1)
+    try:
+        options.register_custom_ops_library(str(library))
+    finally:
+        choose(0)
 
 
 def _allows(device: str, provider: str) -> bool:

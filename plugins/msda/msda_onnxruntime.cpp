@@ -230,8 +230,9 @@ TypedOp cuda_op(int type) {
 }
 #endif
 
-// One domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
+// A domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
 // sessions may end after our own statics do, so that it is never released.
+template <bool kWithConvs>
 ort::CustomOpDomain* shared_domain(ort::Api* api) {
   static const TypedOp ops[] = {
       cpu_op(ort::kFloat),
@@ -247,14 +248,20 @@ ort::CustomOpDomain* shared_domain(ort::Api* api) {
     const auto add = at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd);
     for (const TypedOp& op : ops)
       if (add(domain, &op) != nullptr) return nullptr;
-    for (size_t i = 0; const ort::CustomOp* op = conv_op(i); ++i)
+    for (size_t i = 0; const ort::CustomOp* op = kWithConvs ? conv_op(i) : nullptr; ++i)
       if (add(domain, op) != nullptr) return nullptr;
     return domain;
   }();
   return shared;
 }
 
+thread_local bool for_cuda = false;
+
 }  // namespace
+
+// Whether what this thread registers is for sessions on CUDA. The convolutions have no kernel there, and ONNX Runtime
+// would carry every one to the CPU and back; left out, they are the functions that the model's file has of them.
+extern "C" __attribute__((visibility("default"))) void msda_register_for_cuda(int on) { for_cuda = on != 0; }
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                  const ort::ApiBase* base) {
@@ -266,7 +273,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     const auto create_status = at<ort::CreateStatus>(base->get_api(ort::kFirstApiVersion), ort::kSlotCreateStatus);
     return create_status(ort::kInvalidArgument, message);
   }
-  ort::CustomOpDomain* domain = shared_domain(api);
+  ort::CustomOpDomain* domain = for_cuda ? shared_domain<false>(api) : shared_domain<true>(api);
   if (domain == nullptr) return invalid(Runtime(api), "ONNX Runtime made no domain for it");
   return at<ort::AddCustomOpDomain>(api, ort::kSlotAddCustomOpDomain)(options, domain);
 }
