@@ -1,6 +1,8 @@
 """Engines whose answers are wrong are not served."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from server.settings import Settings
 from tests.server.fake_engine import MANIFEST, FakeEngine, Inputs
 from tests.server.pictures import RED, encode, rectangle
 from tests.server.proofs import proof_by
+from tests.server.test_run import ROOT, SERVE
 from tests.server.tiny_bundle import write_tiny_bundle
 
 ALL_S = 60.0
@@ -273,3 +276,19 @@ def test_an_engine_that_comes_back_wrong_is_not_served(bundle: Bundle, kinds: Ki
         assert ready.status_code == 503
         assert "the last try failed: ParityFailed: fake, boxes moved: canvas" in ready.json()["status"]
         assert all(engine.closed for engine in kinds.opened[1:])
+
+
+def test_serve_ends_with_1_and_one_line_that_says_what_is_wrong(bundle: Bundle) -> None:
+    """The real engine's answers are not those of the fake, which the proof is by."""
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "DDETR_BUNDLE": str(bundle.path), "DDETR_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "cannot start: no engine answers right: onnxruntime" in last
+    assert "canvas" in last
