@@ -1,6 +1,7 @@
 """Forms batches and hands them to the engines. Everything here runs in the event loop."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,8 @@ from server.estimate import Estimate
 from server.lane import Lane, fail
 from server.metrics import Metrics
 from server.preprocess import PreparedImage
+
+logger = logging.getLogger("ddetr.batcher")
 
 CHECK_EVERY_S = 0.1
 """How often `check` wants to be called."""
@@ -153,7 +156,9 @@ class Batcher:
             fail(entry, self._stopping())
         closed = [lane.close() for lane in self._lanes]
         if patience_s:
-            await asyncio.wait([asyncio.wrap_future(each) for each in closed], timeout=patience_s)
+            done, _ = await asyncio.wait([asyncio.wrap_future(each) for each in closed], timeout=patience_s)
+            for error in filter(None, (each.exception() for each in done)):
+                logger.warning("an engine could not be closed: %s: %s", type(error).__name__, error)
 
     @property
     def _busy(self) -> bool:

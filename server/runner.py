@@ -54,6 +54,7 @@ class Runner:
         """Since its engine died or hangs: nothing is begun any more."""
         self._clock = clock
         self._seconds = 0.0  # of the engine's newest answer
+        self._closed: Future[None] | None = None
         self._preparing = Worker(f"{name}-prepare")
         self._inferring = Worker(name)
 
@@ -90,11 +91,12 @@ class Runner:
         return work
 
     def close(self) -> "Future[None]":
-        """Take nothing any more, and let the engine go once its thread is free."""
+        """Take nothing any more, and let the engine go once its thread is free. A second call does nothing more."""
         self.out_of_service = True
-        closed = self._inferring.submit(self._close)
-        self._inferring.stop()
-        return closed
+        if self._closed is None:
+            self._closed = self._inferring.submit(self._close)
+            self._inferring.stop()
+        return self._closed
 
     def _prepare(self, images: Sequence[Pixels], canvas: Canvas) -> "Future[Any]":
         assert self.engine is not None

@@ -278,6 +278,23 @@ def test_an_engine_that_dies_after_the_switch_brings_the_old_bundle_back() -> No
     run(test, rollback_seconds=3600)
 
 
+def test_a_bundle_whose_engine_died_and_does_not_come_back_is_let_go_at_once() -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = site.swap("/bundles/8")
+        await site.until(lambda: site.service.served.manifest.model.version == "8")
+        new = site.service.served
+        site.bundles.opened["8"].trouble = "raise"
+        site.bundles.on_open["8"] = lambda engine: setattr(engine, "trouble", "raise")
+        asking = site.post()
+        async with asyncio.timeout(8):  # the patience with engines that are slow to go is 10 s
+            assert (await swapping).status_code == 422
+        assert (await asking).status_code == 500
+        assert new.batcher._closed
+        assert await site.version() == FIRST
+
+    run(test, rollback_seconds=3600)
+
+
 def test_images_that_the_new_engine_fails_on_bring_the_old_bundle_back() -> None:
     async def test(site: SwapSite) -> None:
         swapping = site.swap("/bundles/8")
