@@ -29,6 +29,7 @@ from bundle import (
 )
 from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, PROOF_FILE, sha256_of
 from bundle.writer import check_place
+from export import op
 from export.proof import check_proof, make_proof
 from export.pyramid import pyramid_pixels
 from export.trace import TraceError, trace
@@ -83,8 +84,11 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
     with step("trace"):
         proto = trace(model, for_cpu=True)
         content = proto.SerializeToString(deterministic=True)
-    nodes = sum(node.domain == "msda" for node in proto.graph.node)
-    say(f"         {len(proto.graph.node)} nodes, {nodes} of them MSDeformAttn; {len(content) / 2**20:.1f} MiB")
+    types = [node.op_type for node in proto.graph.node if node.domain == op.DOMAIN]
+    say(
+        f"         {len(proto.graph.node)} nodes, {types.count(op.NAME)} of them {op.NAME} and "
+        f"{len(types) - types.count(op.NAME)} other layers of the native library; {len(content) / 2**20:.1f} MiB"
+    )
     with step("verify"):
         parity = verify(model, proto, _two_of(canvases), _table(say))
     with step("prove"):
