@@ -68,11 +68,14 @@ RUN cd /opt/build/source \
     || { echo "the plugins for CUDA and TensorRT were not built: does GPU_BASE have nvcc and TensorRT's headers?" >&2; exit 1; }
 
 FROM gpu-wheel AS gpu-build
+# A driver older than release 580: "cuda-bindings<13". A base without TensorRT's Python package: its requirement, as well.
+ARG GPU_REQUIREMENTS="cuda-bindings"
 # onnxruntime and onnxruntime-gpu write the same files: only one may be there.
 RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     python3 /opt/build/docker/requirements.py --extra gpu --without onnxruntime \
        < /opt/build/source/pyproject.toml > /opt/build/requirements.txt \
-    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile -r /opt/build/requirements.txt \
+    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile \
+       -r /opt/build/requirements.txt $GPU_REQUIREMENTS \
     && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-deps --no-index --no-compile /opt/build/wheel/*.whl \
     && cp /opt/build/docker/healthy.py /opt/ddetr/bin/ \
     && /opt/ddetr/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/ddetr/lib
@@ -98,6 +101,7 @@ CMD ["serve"]
 FROM gpu-wheel AS export
 # Add rtx for engines of GeForce and workstation GPUs, which are built without having one.
 ARG EXTRAS="export gpu"
+ARG GPU_REQUIREMENTS="cuda-bindings"
 # The network is traced on the CPU: PyTorch's CPU build is enough, and saves gigabytes. TORCH_PIP_ARGS says where it is, as for `make setup`.
 ARG TORCH="torch>=2.8,<3"
 ARG TORCH_PIP_ARGS=""
@@ -106,7 +110,7 @@ RUN --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --ignore-installed --no-compile $TORCH_PIP_ARGS "$TORCH" \
     && python3 /opt/build/docker/requirements.py $(for extra in $EXTRAS; do echo "--extra $extra"; done) --without onnxruntime-gpu \
        < /opt/build/source/pyproject.toml > /opt/build/requirements.txt \
-    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-compile -r /opt/build/requirements.txt \
+    && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-compile -r /opt/build/requirements.txt $GPU_REQUIREMENTS \
     && /opt/build/pip/bin/pip --python /opt/ddetr/bin/python install -q --no-deps --no-index --no-compile /opt/build/wheel/*.whl
 ENV PATH=/opt/ddetr/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
