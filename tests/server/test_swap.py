@@ -1,7 +1,7 @@
 """From one bundle to another: nothing is lost on the way, and what is bad never gets there."""
 
 import asyncio
-import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -229,20 +229,20 @@ def test_a_server_that_drains_swaps_no_more() -> None:
 
 
 def test_a_server_that_stops_in_a_swap_lets_everything_go() -> None:
-    engines: list[FakeEngine] = []
+    gone = threading.Semaphore(0)
+
+    def tell(engine: FakeEngine) -> None:
+        engine.close = gone.release  # type: ignore[method-assign]
 
     async def test(site: SwapSite) -> None:
+        site.bundles.on_open["8"] = tell
+        tell(site.first)
         await site.begin("/bundles/8")
         await site.until(lambda: site.service.served.manifest.model.version == "8")
-        engines.extend([site.first, site.bundles.opened["8"]])
         assert site.swaps.history[-1].state == "watched"
 
     run(test, rollback_seconds=3600)
-    for _ in range(1000):
-        if all(engine.closed for engine in engines):
-            return
-        os.sched_yield()
-    assert all(engine.closed for engine in engines)
+    assert all(gone.acquire(timeout=20) for _ in range(2))
 
 
 def test_a_client_that_does_not_wait_for_the_end_ends_nothing() -> None:
