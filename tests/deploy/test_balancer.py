@@ -113,7 +113,7 @@ def test_metrics_are_those_of_one_server_and_not_asked_for_here(tmp_path: Path) 
                     found.append(response.status)
             return found
 
-    with servers(bundle, 2) as started, balanced(list(started), free_port()) as url:
+    with servers(bundle, 2) as started, balanced(list(started), free_port()) as (url, _):
         assert asyncio.run(statuses(url)) == [200, 404]
 
 
