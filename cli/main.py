@@ -21,6 +21,7 @@ VERBS = {
     "build": "build a TensorRT engine of a checkpoint, into its bundle",
     "train": "train or fine-tune on COCO-format data",
     "evaluate": "measure a checkpoint's AP on COCO-format data",
+    "verify": "hold a bundle's engines against its proof, and against data",
     "bench": "measure a server's throughput and latency, or find the best settings",
 }
 

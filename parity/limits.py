@@ -72,3 +72,7 @@ def limits_for(precision: str, half: Mapping[str, float] | None = None) -> Limit
         return limits
     measured = {name: max(FLOORS[name], HALF_FACTOR * half.get(name, 0.0)) for name in MEASURED}
     return replace(limits, **measured)  # type: ignore[arg-type]  # they are all floats
+
+
+AP_LOSS = {"fp32": 0.002, "fp16": 0.005, "int8": 0.01}
+"""How much AP a precision may cost on data."""
