@@ -1,5 +1,6 @@
 """Rules and alerts: what they name exists, each alert is tested and explained, and a real Prometheus agrees."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.server.test_gpu import fake_nvml
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "ddetr.json"
 LONGEST_S = 60.0
 
 needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool (apt-get install prometheus)")
@@ -66,8 +69,7 @@ def test_the_latency_objective_is_a_bound_of_the_histogram(there: Offered) -> No
 
 
 def test_what_is_recorded_is_used() -> None:
-    dashboard = (ROOT / "deploy/grafana/dashboards/ddetr.json").read_text(encoding="utf-8")
-    used = dashboard + " ".join(rule["expr"] for rule in RULES)
+    used = DASHBOARD.read_text(encoding="utf-8") + " ".join(rule["expr"] for rule in RULES)
     assert not [name for name in RECORDED if name not in used]
 
 
@@ -161,48 +163,59 @@ class Asked:
         pytest.fail(f"no {expression} after {LONGEST_S} s")
 
 
-@needs_prometheus
-def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    app = create_app(Settings(decode_threads=1), FakeEngine())
+@contextlib.contextmanager
+def prometheus(folder: Path, served: int, key: str = "") -> Iterator[Asked]:
+    """A Prometheus of our configuration that asks the server at `served`, and is ready."""
+    config = configuration(folder, served)
+    (folder / "key").write_text(key, encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with live(app) as served, (tmp_path / "log").open("w") as log:
-        body = encode(rectangle(), "JPEG")
-        request = urllib.request.Request(f"http://127.0.0.1:{served}/detect", body, {"Content-Type": "image/jpeg"})
-        urllib.request.urlopen(request, timeout=30).close()
-        process = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={configuration(tmp_path, served)}",
-                f"--storage.tsdb.path={tmp_path / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
+    command = [
+        "prometheus",
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            prometheus = Asked(port)
-            prometheus.wait('up{job="ddetr"} == 1')
-            prometheus.wait('ddetr_requests_total{route="/detect", status="200"} == 1')
-            prometheus.wait('job:ddetr_detect_requests:rate5m{job="ddetr"}')
-            assert prometheus.value('ddetr_gpu_memory_used_bytes{gpu="0"}') == 5 * 2**30
-            rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
-            assert {rule["name"] for rule in rules} == set(ALERTS) | RECORDED
-            assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, "unknown: not yet evaluated"
-            firing = prometheus.get("alerts")["alerts"]
-            assert not [alert for alert in firing if alert["state"] == "firing"], firing
-            dashboard = json.loads((ROOT / "deploy/grafana/dashboards/ddetr.json").read_text(encoding="utf-8"))
-            silent = []
-            for panel in dashboard["panels"]:
-                for target in panel.get("targets", []):
-                    expression = target["expr"].replace("$job", "ddetr").replace("$instance", ".*")
-                    result = prometheus.get("query", query=expression.replace("$__rate_interval", "10s"))  # or a 400
-                    silent += [] if result["result"] else [panel["title"]]
-            assert set(silent) <= MAY_BE_EMPTY, "panels that show nothing of a server that has answered a picture"
+            yield Asked(port)
         finally:
             process.terminate()
             process.wait(30)
+
+
+@needs_prometheus
+def test_a_real_prometheus_scrapes_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    with live(create_app(Settings(decode_threads=1), FakeEngine())) as served:
+        body = encode(rectangle(), "JPEG")
+        request = urllib.request.Request(f"http://127.0.0.1:{served}/detect", body, {"Content-Type": "image/jpeg"})
+        urllib.request.urlopen(request, timeout=30).close()
+        with prometheus(tmp_path, served) as asked:
+            asked.wait('up{job="ddetr"} == 1')
+            asked.wait('ddetr_requests_total{route="/detect", status="200"} == 1')
+            asked.wait('job:ddetr_detect_requests:rate5m{job="ddetr"}')
+            assert asked.value('ddetr_gpu_memory_used_bytes{gpu="0"}') == 5 * 2**30
+            rules = [rule for group in asked.get("rules")["groups"] for rule in group["rules"]]
+            assert {rule["name"] for rule in rules} == set(ALERTS) | RECORDED
+            assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, "unknown: not yet evaluated"
+            firing = [alert for alert in asked.get("alerts")["alerts"] if alert["state"] == "firing"]
+            assert not firing
+            silent = set()
+            for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
+                for target in panel.get("targets", []):
+                    expression = target["expr"].replace("$job", "ddetr").replace("$instance", ".*")
+                    found = asked.get("query", query=expression.replace("$__rate_interval", "10s"))  # raises for a 400
+                    silent |= set() if found["result"] else {panel["title"]}
+            assert silent <= MAY_BE_EMPTY, "panels that show nothing of a server that has answered a picture"
+
+
+@needs_prometheus
+def test_a_real_prometheus_is_let_in_by_its_key(tmp_path: Path) -> None:
+    app = create_app(Settings(decode_threads=1, api_keys=("for-prometheus",)), FakeEngine())
+    with live(app) as served, prometheus(tmp_path, served, key="for-prometheus\n") as asked:
+        asked.wait('up{job="ddetr"} == 1')
 
 
 MAY_BE_EMPTY = {"Firing alerts", "Refusals by reason", "Refused for load", "Swaps and proofs"}

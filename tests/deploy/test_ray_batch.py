@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 from benchmarks.ray_serving import ray_environment
 from bundle import Bundle
 from deploy.ray.decode import BATCH, UNREACHABLE, Decode, ahead, unpack
-from deploy.ray.infer import RESULT
+from deploy.ray.infer import ENGINE_LOST, RESULT, Infer
 from deploy.ray.plan import Plan, PlanMismatch, Shard, open_plan
 from deploy.ray.results import Gather
 from deploy.ray.storage import Store
@@ -31,6 +33,8 @@ from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.options import DetectOptions
 from server.settings import Settings
 from tests.deploy.processes import ROOT, descendants, running, wait_for
+from tests.server.fake_engine import FakeEngine
+from tests.server.pictures import poison
 from tests.server.tiny_bundle import LABEL, write_tiny_bundle
 
 COUNT, SHARD = 400, 10
@@ -253,3 +257,56 @@ def test_fetching_keeps_order_and_never_runs_far_ahead() -> None:
     assert next(taken) == 0
     assert len(begun) <= 5
     assert list(taken) == [-item for item in range(1, 100)]
+
+
+@dataclass
+class Engines:
+    """What opens engines for `Infer`: fake ones, with trouble as given."""
+
+    troubles: list[str | None]
+    opened: list[FakeEngine] = field(default_factory=list)
+
+    def __call__(self, *_: object) -> Engines:
+        self.engine = FakeEngine()
+        self.engine.trouble = self.troubles.pop(0)
+        self.opened.append(self.engine)
+        return self
+
+
+def infer(folder: Path, bundle: Bundle, engines: Engines, monkeypatch: pytest.MonkeyPatch, size: int = 4) -> list[Any]:
+    """Rows for all pictures in `folder`, in the order of their places."""
+    monkeypatch.setattr("deploy.ray.infer.open_proven", engines)
+    worker = Infer(Settings(bundle=bundle.path, engine_threads=1), DetectOptions(threshold=0.5))
+    names = sorted(path.name for path in folder.iterdir())
+    batches = Decode(Store(str(folder)), bundle.manifest, size, 10**6).batches(shard_of(names))
+    rows = [row for batch in batches for row in worker(batch).to_pylist()]
+    return sorted(rows, key=lambda row: row["place"])
+
+
+def test_a_picture_that_the_engine_cannot_take_fails_alone(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "drawn", 2)
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "drawn").rglob("*.png"))):
+        path.rename(folder / f"{number}.png")
+    (folder / "9.png").write_bytes(poison())
+    rows = infer(folder, bundle, Engines([None]), monkeypatch)
+    assert [row["error_code"] for row in rows] == [None, None, "engine_failed"]
+    assert all(row["detections"] for row in rows[:2])
+    assert rows[2]["detections"] is None
+
+
+def test_an_engine_that_is_lost_is_opened_again_and_its_pictures_have_no_result(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(tmp_path / "drawn", 1)
+    engines = Engines(["raise", None])
+    rows = infer(tmp_path / "drawn" / "0", bundle, engines, monkeypatch)
+    assert [row["error_code"] for row in rows] == [ENGINE_LOST]
+    assert [engine.closed for engine in engines.opened] == [True, False]
+    shard = shard_of(["00000.png"])
+    gather = Gather(Store(str(tmp_path)), [shard])
+    assert list(gather.take(pa.Table.from_pylist(rows, RESULT))) == []
+    assert ENGINE_LOST in gather.failed[0]
