@@ -223,7 +223,8 @@ def parse_canvases(text: str) -> tuple[Canvas, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Turn a checkpoint into a bundle: load, trace to ONNX, verify against PyTorch, publish.",
-        epilog="example: ddetr export --checkpoint r50_deformable_detr-checkpoint.pth --output bundles/r50",
+        epilog="example: ddetr export --checkpoint r50_deformable_detr-checkpoint.pth --output bundles/r50; "
+        "8-bit integers for CPUs: ddetr export --int8 --help",
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FILE",
