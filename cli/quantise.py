@@ -29,6 +29,7 @@ from export.sensitivity import Refused, agreement, answers, choose
 from export.trace import OUTPUTS
 from parity import ProofInvalid, read_proof, run_gate
 from parity.compare import Answer
+from server.cores import sums_bytes_exactly
 from server.errors import ShapeUnsupported
 from server.preprocess import lay_on_canvas, preprocess
 from training.average_precision import AveragePrecision, Detection, average_precision
@@ -156,6 +157,10 @@ def quantise_bundle(
     check_place(output)
     library = plugins.onnxruntime_library()
     say = _Clock()
+    if not sums_bytes_exactly():
+        say(
+            "warning: this CPU has no VNNI, its 8-bit sums overflow: AP will be below that of a CPU that may serve this"
+        )
     proto = plain_graph(onnx.load(bundle.onnx_path))
     layers = layers_of(proto)
     if not layers:

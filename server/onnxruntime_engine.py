@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 import plugins
 from bundle import Bundle, Canvas, Manifest
-from server.cores import available_cores
+from server.cores import available_cores, sums_bytes_exactly
 from server.engine import Candidate, PassedOver, RawDetections
 from server.errors import StartupError
 from server.preprocess import Pixels, lay_on_canvas
@@ -44,6 +44,8 @@ def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Pas
             ways.append(PassedOver(name, f"this ONNX Runtime has no CUDA, only {', '.join(there)}"))
         elif precision == "int8" and provider != _CPU:
             ways.append(PassedOver(name, "int8 is for the CPU"))
+        elif precision == "int8" and not sums_bytes_exactly():
+            ways.append(PassedOver(name, "int8 needs a CPU with VNNI: without it sums of 8-bit products overflow"))
         else:
             on = settings.model_copy(update={"device": "cpu" if provider == _CPU else settings.device})
             ways.append(Candidate(name, precision, partial(OnnxRuntimeEngine, bundle, on, graph, provider)))

@@ -18,13 +18,17 @@ from export.quantise import quantise
 from export.stem import find_stem
 from export.trace import OUTPUTS
 from export.verify import draw_pictures
+from server.cores import sums_bytes_exactly
 from tests.export.conftest import Exported
 from tests.export.small import CANVASES
 
 LIBRARY = plugins.onnxruntime_library()
 FEED_FORWARDS = 2
-MAX_SCORE_ERROR = 0.05  # measured 0.014; every layer's rounding is 1/255 of its range
+MAX_SCORE_ERROR = 0.06  # measured 0.039; 0.084 with one scale for all channels, 0.12 with a window one pixel off
 ALONE_ATOL = 1e-6  # a picture alone and in a batch: the integers are the same, float sums may be in another order
+
+
+exact = pytest.mark.skipif(not sums_bytes_exactly(), reason="8-bit sums overflow on this CPU: it has no VNNI")
 
 
 def feeds(count: int, seed: int = 0) -> list[Feed]:
@@ -53,6 +57,7 @@ def test_every_group_of_the_network_is_named_and_the_heads_are_not_among_them(pl
     assert not [path for path in paths if "embed" in path or "pos_trans" in path]
 
 
+@exact
 def test_the_integer_graph_finds_what_the_float_graph_finds(plain: onnx.ModelProto) -> None:
     layers = layers_of(plain)
     integers = quantise(plain, layers, calibrate(plain, layers, feeds(8), LIBRARY, 1))
@@ -113,6 +118,7 @@ def test_only_the_layers_asked_for_are_integers(plain: onnx.ModelProto) -> None:
         assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == len(chosen)
 
 
+@exact
 def test_the_first_convolution_takes_bytes_and_sees_the_same_picture(plain: onnx.ModelProto) -> None:
     """In float, over blocks of bytes, it is the same sum; the border of a picture on its canvas included."""
     conv = next(node for node in plain.graph.node if find_stem(node, plain) is not None)
