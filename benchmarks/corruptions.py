@@ -76,22 +76,30 @@ def rounded_to_half(proto: onnx.ModelProto) -> onnx.ModelProto:
     rounded = onnx.ModelProto()
     rounded.CopyFrom(proto)
     precise = _heads(rounded)
-    floats = {w.name for w in rounded.graph.initializer if w.data_type == TensorProto.FLOAT}
-    whole = {w.name for w in rounded.graph.initializer} - floats
+    weights = {weight.name: weight for weight in rounded.graph.initializer}
     nodes = []
     for number, node in enumerate(rounded.graph.node):
         product = node.op_type in {"Conv", "MatMul", "Gemm"} or (
             node.domain == "msda" and node.op_type != "MSDeformAttn"
         )
         for place, name in enumerate(node.input):
-            if product and number not in precise and name and name not in whole:
-                half, full = f"{name}_{number}_half", f"{name}_{number}_full"
-                nodes.append(helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
-                nodes.append(helper.make_node("Cast", [half], [full], to=TensorProto.FLOAT))
-                node.input[place] = full
+            if not product or number in precise or not name:
+                continue
+            if name in weights:
+                if weights[name].data_type == TensorProto.FLOAT:
+                    _edit_weight(weights[name], _round)
+                continue
+            half, full = f"{name}_{number}_half", f"{name}_{number}_full"
+            nodes.append(helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
+            nodes.append(helper.make_node("Cast", [half], [full], to=TensorProto.FLOAT))
+            node.input[place] = full
         nodes.append(node)
     _replace(rounded.graph.node, nodes)
     return rounded
+
+
+def _round(values: NDArray[Any]) -> None:
+    values[...] = values.astype(np.float16)
 
 
 def _heads(proto: onnx.ModelProto) -> set[int]:
@@ -118,7 +126,8 @@ def _weights(proto: onnx.ModelProto, shape_of: Callable[[tuple[int, ...]], bool]
 
 
 def _is_kernel(dims: tuple[int, ...]) -> bool:
-    return len(dims) == 4 and dims.count(3) == 2
+    """Of 3x3: [out, in, 3, 3], or as the native layers have it, [out / 32, 3, 3, in, 32]."""
+    return len(dims) in (4, 5) and dims.count(3) == 2
 
 
 def _edit_weight(tensor: TensorProto, edit: Callable[[NDArray[Any]], None]) -> None:
@@ -150,7 +159,8 @@ def _swap_two_channels(proto: onnx.ModelProto) -> None:
     """Two of the channels that a convolution in the middle of the backbone hands on."""
 
     def swap(values: NDArray[Any]) -> None:
-        values[[3, 4]] = values[[4, 3]]
+        channels = np.moveaxis(values, 0 if values.ndim == 4 else -1, 0)
+        channels[[3, 4]] = channels[[4, 3]]
 
     _edit_weight(list(_weights(proto, _is_kernel))[5], swap)
 

@@ -90,19 +90,19 @@ def test_the_embedded_bundle_passes_whole(embedded: Bundle, proof: Proof) -> Non
     assert all(len(pictures) > 1 for pictures in slots.values()), "each slot has seen different pictures"
 
 
-@pytest.mark.parametrize("kernel", [True, False])
-def test_right_graphs_pass_in_their_precision(
-    full: onnx.ModelProto, half: onnx.ModelProto, proof: Proof, kernel: bool
-) -> None:
-    library = plugins.onnxruntime_library() if kernel else None
-    if kernel and library is None:
-        pytest.skip("the native kernel was not built")
+def test_right_graphs_pass_in_their_precision(full: onnx.ModelProto, half: onnx.ModelProto, proof: Proof) -> None:
+    library = plugins.onnxruntime_library()
     assert gate(run(full, library), proof, "fp32").passed
     assert gate(run(full, library), proof, "fp16").passed
     report = gate(run(half, library), proof, "fp16")
     assert report.passed, report.failures
     assert max(row.figures.signature for row in report.rows) < 0.1
     assert not gate(run(half, library), proof, "fp32").passed, "half precision is not float32"
+
+
+def test_the_functions_in_the_file_pass_without_our_library(full: onnx.ModelProto, proof: Proof) -> None:
+    report = gate(run(full, None), proof, "fp32", rounds=1)
+    assert report.passed, report.failures
 
 
 @pytest.mark.slow
