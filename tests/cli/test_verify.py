@@ -1,0 +1,170 @@
+"""ddetr verify: what it says of a right bundle and of a wrong one, in each form, and its exit status."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from bundle import embedded_bundle, read_bundle, write_bundle
+from bundle.reader import MANIFEST_FILE, ONNX_FILE, PROOF_FILE
+from cli import verify_data
+from cli.main import main
+from cli.verify import CANNOT_RUN, FAILED, PASSED
+from samples.coco import write_smears
+
+QUICK = ["--engine", "onnxruntime", "--device", "cpu", "--batch-sizes", "1"]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded bundle with one weight of its graph changed, and hashes that agree."""
+    source = read_bundle(embedded_bundle())
+    graph = onnx.load(source.onnx_path)
+    weight = next(w for w in graph.graph.initializer if "backbone.layer2" in w.name and len(w.dims) >= 4)
+    values = np.array(numpy_helper.to_array(weight))
+    values.flat[np.abs(values).argmax()] *= -6
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    return rewritten(tmp_path_factory.mktemp("wrong") / "bundle", {ONNX_FILE: graph.SerializeToString()}, "onnx")
+
+
+def rewritten(folder: Path, files: dict[str, bytes], hash_name: str) -> Path:
+    """The embedded bundle with other files; without the proof where its hash is named."""
+    source = read_bundle(embedded_bundle())
+    hashes = {name: digest for name, digest in source.manifest.hashes.items() if name != hash_name}
+    old = {path.name: path for path in source.path.iterdir() if path.name not in (MANIFEST_FILE, *files)}
+    if hash_name == "proof":
+        del old[PROOF_FILE]
+    write_bundle(folder, source.manifest.model_copy(update={"hashes": hashes}), {**old, **files})
+    return folder
+
+
+def test_a_right_bundle_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(embedded_bundle()), *QUICK]) == PASSED
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("blood-cells 1, ")
+    assert said[2].startswith("passed   onnxruntime on cpu, fp32: 12 answers in ")
+    assert said[4].split()[:2] == ["fp32", "limit"]
+    assert [line.split()[:3] for line in said[5:8]] == [[c, "1", "4"] for c in ("288x288", "288x384", "384x288")]
+
+
+def test_every_engine_there_is_is_tried_and_those_that_cannot_run_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(embedded_bundle()), "--device", "cpu", "--batch-sizes", "1", "--format", "json"]) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    found = [(engine["engine"], engine["verdict"]) for engine in engines]
+    assert found[0] == ("tensorrt", "not run")
+    assert found[1:] == [("onnxruntime on cpu", "passed"), ("onnxruntime on cpu, the op's function", "passed")]
+    assert "NVIDIA" in engines[0]["why"]
+
+
+def test_a_wrong_bundle_fails_and_the_figures_are_named(wrong: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(wrong), *QUICK]) == FAILED
+    said = capsys.readouterr().out
+    assert "FAILED   onnxruntime on cpu, fp32: 12 answers" in said
+    assert "caught by" in said
+    assert re.search(r"canvas 288x288, batch of 1, slot 0, picture 0: strays: \d+ of 100 detections", said)
+
+
+def test_json_has_figures_limits_and_failures(wrong: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    assert main(["verify", str(wrong), *QUICK, "--format", "json", "--output", str(report)]) == FAILED
+    document = json.loads(report.read_bytes())
+    (engine,) = document["engines"]
+    assert not document["passed"]
+    assert not engine["passed"]
+    assert engine["failures"]
+    assert engine["caught_by"]["difference of the sorted scores"] > 0
+    assert [figures["canvas"] for figures in engine["figures"]] == ["288x288", "288x384", "384x288"]
+    assert engine["figures"][0]["curve"] > engine["limits"]["curve"]
+    assert sum(figures["failures"] for figures in engine["figures"]) == len(engine["failures"])
+
+
+def test_html_is_one_file_with_pictures_of_the_disagreements(wrong: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    assert main(["verify", str(wrong), *QUICK, "--format", "html", "--output", str(report)]) == FAILED
+    text = report.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "nothing is fetched"
+    pictures = re.findall(r'src="data:image/webp;base64,([^"]+)"', text)
+    assert 1 <= len(pictures) <= 6
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as picture:
+        colours = {(r > 180 and b < 110, b > 150 and r < 90) for r, _, b in picture.convert("RGB").getdata()}
+    assert any(got for got, _ in colours), "the engine's boxes"
+    assert any(expected for _, expected in colours), "PyTorch's boxes"
+    assert "of PyTorch</span>" in text
+    assert "strays" in text
+
+
+def test_html_of_a_right_bundle_has_no_disagreement(tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    assert main(["verify", str(embedded_bundle()), *QUICK, "--format", "html", "--output", str(report)]) == PASSED
+    assert "No disagreement." in report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smears")
+    write_smears(folder, 3, seed=900_000_000)
+    (folder / "instances.json").rename(folder / "instances_val.json")
+    return folder
+
+
+def test_ap_of_both_sides_is_compared(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", str(embedded_bundle()), *QUICK, "--data", str(data), "--format", "json"]
+    assert main(words) == PASSED
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert engine["ap"]["reference"] > 0.4
+    assert engine["ap"]["engine"] == pytest.approx(engine["ap"]["reference"], abs=2e-3)
+
+
+def test_an_engine_that_costs_ap_fails(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_data.Comparison, "reference", lambda self: 0.99)
+    assert main(["verify", str(embedded_bundle()), *QUICK, "--data", str(data)]) == FAILED
+    assert re.search(r"FAILED .*AP 0\.\d+, reference 0\.9900, may fall by 0\.002", capsys.readouterr().out)
+
+
+def test_what_cannot_be_verified_is_said_in_a_line(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unproven = rewritten(tmp_path / "unproven", {}, "proof")
+    cases = {
+        str(tmp_path / "nowhere"): "no bundle at",
+        str(unproven): "carries no proof; export its checkpoint again: ddetr export",
+    }
+    for path, message in cases.items():
+        assert main(["verify", path]) == CANNOT_RUN
+        assert message in capsys.readouterr().err
+    assert main(["verify", str(embedded_bundle()), *QUICK, "--data", str(tmp_path)]) == CANNOT_RUN
+    assert "no annotations for 'val'" in capsys.readouterr().err
+
+
+def test_the_only_engine_asked_for_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(embedded_bundle()), "--engine", "tensorrt", "--device", "cpu"]) == CANNOT_RUN
+    said = capsys.readouterr()
+    assert "not run  tensorrt: " in said.out
+    assert "no engine could be run" in said.err
+
+
+@pytest.mark.parametrize("sizes", ["0", "1,x", "-2", ""])
+def test_batch_sizes_are_numbers_above_nothing(sizes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "anywhere", "--batch-sizes", sizes])
+    assert stopped.value.code == CANNOT_RUN
+    assert "is not a list of batch sizes such as 1,4,8" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--help"])
+    assert stopped.value.code == 0
+    assert "ddetr verify bundles/r50" in capsys.readouterr().out
