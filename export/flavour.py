@@ -1,17 +1,11 @@
 """The two kinds of TensorRT that build engines, behind one small interface; neither is imported unasked."""
 
-import atexit
-import ctypes
-import importlib
-import importlib.util
-import shutil
-import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
+
+import runtime
+from runtime.flavour import load_flavour
 
 
 class BuildError(RuntimeError):
@@ -67,7 +61,7 @@ class TensorRT(Flavour):
     name, times_kernels = "tensorrt", True
 
     def load(self) -> Any:
-        return _first_module(("tensorrt",), "TensorRT is not installed: pip install tensorrt")
+        return _module(self.name)
 
     def targets(self, asked: Sequence[str]) -> tuple[str, ...]:
         here = gpu_architecture()
@@ -94,10 +88,7 @@ class TensorRTRTX(Flavour):
     name, times_kernels = "rtx", False  # it chooses them where the engine first runs
 
     def load(self) -> Any:
-        _name_for_the_parser()
-        # The first is the package of NVIDIA's own archive and of the metapackage, the second what a plain wheel has.
-        names = ("tensorrt_rtx", "tensorrt_rtx_bindings")
-        return _first_module(names, "TensorRT-RTX is not installed: pip install 'ddetr[rtx]'")
+        return _module(self.name)
 
     def targets(self, asked: Sequence[str]) -> tuple[str, ...]:
         known = self.load().ComputeCapability.__members__
@@ -113,6 +104,8 @@ class TensorRTRTX(Flavour):
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             config.set_compute_capability(capabilities.__members__[target.upper()], index)
+        # Its memory is then the server's to give, without which the work of a batch cannot be made a CUDA graph.
+        config.set_flag(self.load().BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     def widened(self, targets: Sequence[str]) -> tuple[str, ...]:
         raise TargetError(
@@ -140,40 +133,8 @@ def _number(target: str) -> int:
     return int(target[2:])
 
 
-def _first_module(names: Sequence[str], missing: str) -> Any:
-    """The first of the modules that is installed."""
-    for name in names:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise NotInstalled(f"{name} cannot be loaded: {error}") from error
-        except (ImportError, OSError) as error:  # a library it needs
-            raise NotInstalled(f"{name} cannot be loaded: {error}") from error
-    raise NotInstalled(missing)
-
-
-@cache
-def _name_for_the_parser() -> None:
-    """Give the wheel's library the name by which the parser looks for it.
-
-    On meeting a plugin the parser of RTX 1.7 loads `libtensorrt_rtx.so`, which the wheel has as `libtensorrt_rtx.so.1`
-    only, and where it finds none it ends the process. It looks in its own folder, which is the one it was loaded by:
-    so it is loaded by a folder of links that has the name. Nothing is written beside the wheel's files.
-    """
-    found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or not found.submodule_search_locations:
-        return  # installed from NVIDIA's archive: on the loader's path, under every name
-    wheel = Path(found.submodule_search_locations[0])
-    library, parser = wheel / "libtensorrt_rtx.so.1", wheel / "libtensorrt_onnxparser_rtx.so.1"
-    if (wheel / "libtensorrt_rtx.so").exists() or not library.exists() or not parser.exists():
-        return
-    if "tensorrt_rtx_libs" in sys.modules:
-        raise NotInstalled("tensorrt_rtx_libs was imported before export.flavour: its parser would end the process")
-    folder = Path(tempfile.mkdtemp(prefix="tensorrt-rtx-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "libtensorrt_rtx.so").symlink_to(library)
-    for path in (library, parser):
-        link = folder / path.name
-        link.symlink_to(path)
-        ctypes.CDLL(str(link))
+def _module(flavour: str) -> Any:
+    try:
+        return load_flavour(flavour)
+    except runtime.NotInstalled as error:
+        raise NotInstalled(str(error)) from error

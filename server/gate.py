@@ -43,6 +43,7 @@ class Verdict:
     worst: dict[str, float] = field(default_factory=dict)  # figure to the worst of all answers
     seconds: float = 0.0
     passed_over: tuple[str, ...] = ()  # better engines whose answers are wrong, and what was wrong with them
+    unavailable: tuple[str, ...] = ()  # better engines that could not be opened here, and why
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,8 @@ def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: f
     """
     proof = _read_proof(settings, bundle)
     seconds = settings.gate_seconds if seconds is None else seconds
-    for why in passed_over(settings, bundle):
+    unavailable = list(passed_over(settings, bundle))
+    for why in unavailable:
         logger.info("passed over %s", why)
     wrong: list[str] = []
     closed: list[str] = []
@@ -71,6 +73,7 @@ def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: f
         except StartupError as error:
             logger.warning("passed over %s: %s", candidate.name, error)
             closed.append(str(error))
+            unavailable.append(f"{candidate.name}: {error}")
             continue
         try:
             if proof is None:
@@ -92,7 +95,7 @@ def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: f
             logger.info("%s: %d answers are right, in %.1f s", engine.name, verdict.compared, verdict.seconds)
         elif settings.gate:
             logger.warning("%s carries no proof: nobody knows whether %s answers right", bundle.path, engine.name)
-        return Proven(engine, replace(verdict, passed_over=tuple(wrong)))
+        return Proven(engine, replace(verdict, passed_over=tuple(wrong), unavailable=tuple(unavailable)))
     if wrong:
         raise ParityFailed("no engine answers right: " + "; ".join([*wrong, *closed]))
     raise StartupError("; ".join(closed))

@@ -130,6 +130,7 @@ class GateSchema(BaseModel):
     worst: dict[str, float] = Field(description="figure to the worst of all answers; boxes in shares of the side")
     seconds: float
     passed_over: list[str] = Field(description="better engines that are not served, and what was wrong with them")
+    unavailable: list[str] = Field(description="better engines that could not be opened here, and why")
 
 
 class ModelSchema(Manifest):

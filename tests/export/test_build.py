@@ -197,7 +197,14 @@ def test_a_parser_that_would_end_the_process_is_not_used(rtx: Flavour) -> None:
     )
     pytest.importorskip("tensorrt_rtx_libs", reason="TensorRT-RTX is not installed from wheels")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "imported before export.flavour" in done.stdout or "has the name" in done.stdout
+    assert "imported before runtime.flavour" in done.stdout or "has the name" in done.stdout
+
+
+def test_who_runs_an_engine_for_rtx_gives_it_its_memory(rtx: Flavour) -> None:
+    trt = rtx.load()
+    config = trt.Builder(trt.Logger()).create_builder_config()
+    rtx.aim(config, TARGETS)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION), "or its batches could not be CUDA graphs"
 
 
 def test_a_profile_is_checked() -> None:

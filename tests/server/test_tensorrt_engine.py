@@ -99,6 +99,25 @@ def test_a_service_on_it(gpus: Gpus, bundle: Bundle) -> None:
     assert gpus.left() == []
 
 
+def test_model_says_what_was_picked_and_why_no_other(gpus: Gpus, tmp_path: Path) -> None:
+    files = ["tensorrt-sm80-fp32.engine", SM80]
+    old = Plan(profiles=tuple((canvas.height, canvas.width, 4) for canvas in CANVASES), version="9.3")
+    bundle = bundle_with(tmp_path / "old", *files, plan=old)
+    with TestClient(create_app(settings_for(bundle))) as client:
+        model = client.get("/model").json()
+    assert model["engine"].startswith("onnxruntime")
+    [verdict] = model["gate"]
+    assert [each.split(":")[0] for each in verdict["unavailable"]] == [
+        "tensorrt tensorrt-sm80-fp16.engine on cuda",
+        "tensorrt tensorrt-sm80-fp32.engine on cuda",
+    ]
+    assert "cannot be loaded by tensorrt 10.14" in verdict["unavailable"][0]
+    bundle = bundle_with(tmp_path / "none")
+    with TestClient(create_app(settings_for(bundle))) as client:
+        [verdict] = client.get("/model").json()["gate"]
+    assert verdict["unavailable"][0] == "tensorrt: the bundle has no engine (ddetr build adds one)"
+
+
 def test_instances_on_several_gpus_and_one_that_died_comes_back_on_its_own(gpus: Gpus, bundle: Bundle) -> None:
     app = create_app(settings_for(bundle, device="cuda:0,cuda:1", engine_instances=2))
     assert gpus.opened == [(SM80, 0), (SM80, 1), (SM80, 0), (SM80, 1)]
