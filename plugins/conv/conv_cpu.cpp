@@ -25,6 +25,7 @@ constexpr int64_t kTile = 4, kPatch = 6;  // pixels of a tile's side, and of wha
 constexpr int64_t kElements = kPatch * kPatch;
 constexpr int64_t kPieceFloats = 1 << 17;  // of a piece's gathered rows: half the second-level cache
 constexpr int64_t kMostBlocks = 16, kSharedBlocks = 4;  // of a piece
+constexpr int64_t kRoundBlocks = 16;  // whose values are shared
 constexpr int64_t kPiecesPerThread = 8;  // at least so many where there is the work, that threads end together
 constexpr int64_t kFewRows = 4;  // a block of fewer multiplies at half the speed
 constexpr int64_t kManyWeights = 1 << 22;  // 16 MiB: more than a share of the last cache
@@ -41,9 +42,10 @@ struct Job {
   int64_t rows, depth;  // of the product
   int64_t blocks, block_rows;  // kRows, or fewer that threads get the same
   int64_t lane_groups;  // of kLanes output channels
-  int64_t piece_blocks, piece_lane_groups, row_pieces, lane_pieces;
+  int64_t piece_blocks, piece_lane_groups, lane_pieces;
   int64_t at_once;  // blocks gathered before they are multiplied
-  float* values;  // Winograd's of all blocks, where pieces share them; else null
+  int64_t round_first, round_blocks;  // of what is done now: all blocks, or so many as share their values
+  float* values;  // the tiles' of this round, where pieces share them; else null
   std::atomic<bool> failed{false};
 };
 
@@ -167,8 +169,8 @@ void cut_pixels(Job& job) {
   job.blocks = ceil_div(job.rows, kRows);
   const int64_t fitting = std::max<int64_t>(1, kPieceFloats / block_values(job));
   job.piece_blocks = std::min({fitting, kMostBlocks, std::max<int64_t>(1, job.blocks / pieces)});
-  job.row_pieces = ceil_div(job.blocks, job.piece_blocks);
-  const int64_t lane_pieces = std::min(job.lane_groups, ceil_div(pieces, job.row_pieces));
+  const int64_t row_pieces = ceil_div(job.blocks, job.piece_blocks);
+  const int64_t lane_pieces = std::min(job.lane_groups, ceil_div(pieces, row_pieces));
   job.piece_lane_groups = ceil_div(job.lane_groups, lane_pieces);
   const bool small_weights = job.piece_lane_groups * kLanes * job.depth <= kPieceFloats / 2;
   job.at_once = small_weights ? 1 : job.piece_blocks;
@@ -199,7 +201,8 @@ bool cut_tiles(Job& job) {
 void do_transform(void* data, size_t index) {
   const Job& job = *static_cast<const Job*>(data);
   const int64_t block = static_cast<int64_t>(index);
-  chosen().load(std::memory_order_relaxed)->transform(job, block, job.values + block * block_values(job));
+  float* values = job.values + block * block_values(job);
+  chosen().load(std::memory_order_relaxed)->transform(job, job.round_first + block, values);
 }
 
 void do_piece(void* data, size_t index) {
@@ -292,14 +295,18 @@ extern "C" int conv_forward(const ConvParams* params, ConvForEach for_each, void
   bool own = true;
   if (job.winograd) own = cut_tiles(job);
   else cut_pixels(job);
-  job.row_pieces = ceil_div(job.blocks, job.piece_blocks);
   job.lane_pieces = ceil_div(job.lane_groups, job.piece_lane_groups);
   if (!own) {
-    job.values = shared_values.floats(job.blocks * block_values(job));
+    job.values = shared_values.floats(std::min(job.blocks, kRoundBlocks) * block_values(job));
     if (job.values == nullptr) return -1;
-    for_each(caller, do_transform, static_cast<size_t>(job.blocks), &job);
   }
-  for_each(caller, do_piece, static_cast<size_t>(job.row_pieces * job.lane_pieces), &job);
+  const int64_t round = own ? job.blocks : kRoundBlocks;
+  for (job.round_first = 0; job.round_first < job.blocks; job.round_first += round) {
+    job.round_blocks = std::min(round, job.blocks - job.round_first);
+    if (!own) for_each(caller, do_transform, static_cast<size_t>(job.round_blocks), &job);
+    const int64_t pieces = ceil_div(job.round_blocks, job.piece_blocks) * job.lane_pieces;
+    for_each(caller, do_piece, static_cast<size_t>(pieces), &job);
+  }
   return job.failed.load(std::memory_order_relaxed) ? -1 : 0;
 }
 

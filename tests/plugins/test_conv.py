@@ -195,6 +195,10 @@ def test_every_case_on_every_path(case: Case, library: Path) -> None:
     check(case, library)
 
 
+def test_many_tiles_of_many_weights_are_done_in_rounds(library: Path) -> None:
+    check(Case("", size=(2, 39, 43), channels=(512, 256), tail="Relu"), library)
+
+
 @st.composite
 def any_case(draw: st.DrawFn) -> Case:
     window = draw(st.sampled_from([1, 3, 3, 3, 5]))
