@@ -4,6 +4,7 @@ Meanwhile the bundle is served as it can be, by ONNX Runtime. What is built is k
 """
 
 import asyncio
+import importlib.util
 import logging
 import os
 import shutil
@@ -28,6 +29,9 @@ logger = logging.getLogger("ddetr.engine_build")
 
 _LOOK_S = 1.0  # between two looks at what is served, or whether another server has finished
 _TERMINATE_S = 5.0
+
+BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
+"""Packages that a server has no need of, and the process that builds has."""
 
 Command = Callable[[Recipe, Bundle, Gpu, Path], Sequence[str]]
 
@@ -88,6 +92,8 @@ class EngineBuilder:
         try:
             bundle = await asyncio.to_thread(read_bundle, path)
             missing = await asyncio.to_thread(_missing, self._settings, bundle)
+            if missing and (absent := [name for name in BUILD_NEEDS if importlib.util.find_spec(name) is None]):
+                raise NoRecipe(f"that takes {', '.join(absent)}: pip install 'ddetr[export]'")
         except (BundleError, RuntimeUnavailable, NoRecipe, StartupError) as error:
             logger.warning("no engine is built for %s: %s", path, error)
             return

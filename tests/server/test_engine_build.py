@@ -137,6 +137,17 @@ def test_a_build_without_the_engine_that_was_asked_for(builds: Builds, caplog: p
         until(lambda: "has no fp16 engine of tensorrt for sm80" in caplog.text, "the failure")
 
 
+def test_a_host_that_cannot_build_says_so_and_remembers_nothing(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.engine_build.BUILD_NEEDS", ("json", "no_such_package"))
+    with builds.server() as client:
+        until(lambda: r"that takes no_such_package: pip install 'ddetr[export]'" in caplog.text, "the reason")
+        assert (detect(client), engine_of(client)) == (200, "onnxruntime")
+    assert builds.begun == []
+    assert not list(builds.cache.glob("*.failed"))
+
+
 def test_two_servers_build_one_engine(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with builds.server() as first, builds.server() as second:
