@@ -1,4 +1,4 @@
-"""On a GPU: small engines are built, and the server's engine on them held against ONNX Runtime. Not run anywhere yet."""
+"""On a GPU: small engines are built, and the server's held against ONNX Runtime. Not run anywhere yet."""
 
 from __future__ import annotations
 
