@@ -23,8 +23,11 @@ from server.malloc import give_back_regularly, tame_malloc
 from server.service import Service
 from server.settings import Settings
 from server.swap import Swaps
+from server.worker import still_at_work
 
 logger = logging.getLogger("ddetr.run")
+
+_LAST_WAIT_S = 2.0  # for engines to be closed
 
 _YOUNG_OBJECTS = 5000
 """Between two looks for garbage: some ten requests' worth. Python's 700 is less than two's."""
@@ -33,14 +36,21 @@ _YOUNG_OBJECTS = 5000
 def serve(settings: Settings, engine: Engine | OpenEngine | None = None) -> int:
     """Serve the settings' bundle (or `engine`) until SIGTERM or SIGINT, and finish what was admitted.
 
-    Returns the exit status: 0, or 1 if it cannot start.
+    Returns the exit status: 0, or 1 if it cannot start. If a thread is still inside of an engine by then (one that
+    hangs, or a bundle that was just being opened), the process ends here: an orderly end would take the engine's memory
+    away from under it, and crash.
     """
     tame_malloc()
     log = open_log(settings.log_level, settings.log_format)
     try:
-        return _serve(settings, engine)
+        status = _serve(settings, engine)
+        if busy := still_at_work(_LAST_WAIT_S):
+            logger.warning("not waited for: %s", ", ".join(busy))
     finally:
         close_log(log)
+    if busy:
+        os._exit(status)
+    return status
 
 
 def _serve(settings: Settings, engine: Engine | OpenEngine | None) -> int:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,7 +23,7 @@ class Worker:
     def __init__(self, name: str, threads: int = 1) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         names = [name] if threads == 1 else [f"{name}-{index}" for index in range(threads)]
-        self._threads = [threading.Thread(target=self._work, name=each, daemon=True) for each in names]
+        self._threads = [_Thread(target=self._work, name=each, daemon=True) for each in names]
         for thread in self._threads:
             thread.start()
 
@@ -56,6 +57,19 @@ class Worker:
         while (call := self._calls.get()) is not None:
             _call(*call)
             del call  # holds the batch's images
+
+
+class _Thread(threading.Thread):
+    """One of a worker's, to tell it from others."""
+
+
+def still_at_work(patience_s: float) -> list[str]:
+    """The names of all workers' threads that have not ended, though given `patience_s` to."""
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, _Thread)]
+    until_s = time.monotonic() + patience_s
+    for thread in threads:
+        thread.join(max(0.0, until_s - time.monotonic()))
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 def _call(future: Future[T], function: Callable[[], T]) -> None:

@@ -211,3 +211,42 @@ def test_a_terminal_that_is_closed_stops_the_server(current: Path) -> None:
         os.close(terminal)
         process.send_signal(signal.SIGHUP)  # it is not the terminal's own process here, so it must be told
         assert process.wait(60) == 0
+
+
+# Opening hangs, in a thread that is inside of an engine.
+SERVE_HANGING = """
+import sys, threading
+import server.app
+from server.run import serve
+from server.settings import Settings
+from tests.server.fake_engine import FakeEngine
+
+def open_bundle(*_):
+    print("opening", flush=True)
+    threading.Event().wait()
+
+server.app.open_bundle = open_bundle
+sys.exit(serve(Settings(port=0, bundle="none", admin_keys="secret"), FakeEngine()))
+"""
+
+
+def test_a_stop_in_the_middle_of_an_opening_that_hangs_ends_with_0() -> None:
+    server = Server(SERVE_HANGING, {})
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/admin/bundle", json.dumps({"path": "/bundles/8"}), {"X-API-Key": "secret"})
+    assert connection.getresponse().status == 202
+    connection.close()
+    assert server.hear() == "opening"
+    assert server.end(signal.SIGTERM) == 0
+    assert "not waited for: bundle" in server.log
+
+
+def test_a_stop_while_a_new_bundles_engine_runs_is_no_crash(folder: Path) -> None:
+    server = Server(SERVE, {"DDETR_BUNDLE": str(folder / "a"), "DDETR_DEVICE": "cpu", "DDETR_ADMIN_KEYS": "secret"})
+    for path in ("b", "a") * 3:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body, headers = json.dumps({"path": str(folder / path)}), {"X-API-Key": "secret"}
+        connection.request("POST", "/admin/bundle", body, headers)
+        connection.getresponse().read()
+        connection.close()
+    assert server.end(signal.SIGTERM) == 0

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from server.worker import Worker
+from server.worker import Worker, still_at_work
 
 
 def test_calls_run_in_order_in_one_thread() -> None:
@@ -84,3 +84,14 @@ def test_stopping_can_cancel_what_has_not_begun() -> None:
 def test_a_call_that_hangs_does_not_keep_the_process_from_ending() -> None:
     program = "from server.worker import Worker; import time; Worker('test', 2).submit(time.sleep, 600)"
     subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_threads_that_have_not_ended_are_named() -> None:
+    gate = threading.Event()
+    worker = Worker("at-work")
+    worker.submit(gate.wait, 30)
+    worker.stop()
+    assert "at-work" in still_at_work(0.01)
+    gate.set()
+    worker.join()
+    assert "at-work" not in still_at_work(0.0)
