@@ -162,6 +162,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--engine", choices=ENGINES, default="all", help="default %(default)s")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--batch-sizes", type=_sizes, metavar="N,...", help="default: 1,3, for TensorRT its engine's own")
+    add("--canvases", metavar="HxW,...", help="only these (default: all of the bundle)")
     add("--data", type=Path, metavar="DIR", help="COCO-format data: compare AP, too")
     add("--split", default="val", help="of the data (default: %(default)s)")
     add("--format", choices=("table", "json", "html"), default="table", help="default %(default)s")
@@ -186,6 +187,7 @@ def comparison_on(data: Path, split: str, bundle: Bundle) -> Comparison:
 def verify(bundle: Bundle, proof: Proof, arguments: argparse.Namespace, data: Comparison | None) -> list[Verdict]:
     """A verdict for each engine asked for."""
     verdicts = []
+    canvases = canvases_named(arguments.canvases, bundle)
     for way in ways(bundle, arguments.engine, arguments.device, arguments.batch_sizes):
         if isinstance(way, Verdict):
             verdicts.append(way)
@@ -196,12 +198,22 @@ def verify(bundle: Bundle, proof: Proof, arguments: argparse.Namespace, data: Co
             verdicts.append(Verdict(way.name, way.precision, None, str(error)))
             continue
         try:
-            report = run_gate(opened.infer, proof, way.precision, way.batch_sizes, progress=_say(way.name))
+            report = run_gate(opened.infer, proof, way.precision, way.batch_sizes, canvases, _say(way.name))
             ap = None if data is None else (data.reference(), data.average_precision(opened.infer))
         finally:
             opened.close()
         verdicts.append(Verdict(way.name, way.precision, report, ap=ap))
     return verdicts
+
+
+def canvases_named(names: str | None, bundle: Bundle) -> list[Canvas]:
+    """The bundle's canvases of these names, "800x1344,960x960". Raises CannotVerify naming one that it has not."""
+    there = {str(canvas): canvas for canvas in bundle.manifest.canvases}
+    wanted = list(there) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in there:
+            raise CannotVerify(f"{bundle.path} has no canvas {name!r}; it has {', '.join(there)}")
+    return [there[name] for name in wanted]
 
 
 def ways(bundle: Bundle, asked: str, device: str, sizes: tuple[int, ...] | None) -> Iterator[Way | Verdict]:
