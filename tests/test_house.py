@@ -15,7 +15,19 @@ from cli.main import VERBS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PACKAGES = ("bundle", "cli", "export", "loadtest", "models", "plugins", "samples", "server", "training")
+PACKAGES = (
+    "bundle",
+    "cli",
+    "export",
+    "loadtest",
+    "models",
+    "parity",
+    "plugins",
+    "runtime",
+    "samples",
+    "server",
+    "training",
+)
 BANNED_NAMES = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
 NOT_FOR_SERVING = ("torch", "onnx", "onnxscript", "safetensors", "scipy", "pycocotools", "transformers", "tensorboard")
 
