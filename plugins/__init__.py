@@ -1,4 +1,4 @@
-"""MSDeformAttn and the resize, compiled: where to find the native libraries, if they were built."""
+"""MSDeformAttn, convolutions, linear layers and the resize, compiled: where the libraries are, if they were built."""
 
 from pathlib import Path
 
