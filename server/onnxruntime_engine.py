@@ -22,6 +22,10 @@ logger = logging.getLogger("ddetr.engine")
 
 _CPU = "CPUExecutionProvider"
 _PROVIDERS = {"CUDAExecutionProvider": "cuda:0", _CPU: "cpu"}
+_CUDA_OPTIONS = {
+    "cudnn_conv_algo_search": "HEURISTIC",  # trying all takes seconds at each new canvas and batch size
+    "use_tf32": "0",  # float32 is float32: the proof's tolerances are for it
+}
 _INPUTS = ("images", "sizes")
 _OUTPUTS = ("boxes", "scores", "labels")
 _ERRORS_ONLY = 3
@@ -86,7 +90,7 @@ class OnnxRuntimeEngine:
                 _register(session_options, library, for_cuda=provider != _CPU)
             except Exception as error:
                 raise StartupError(f"ONNX Runtime {ort.__version__} refuses {library}: {error}") from error
-        options = {} if provider == _CPU else {"device_id": str(index)}
+        options = {} if provider == _CPU else {"device_id": str(index), **_CUDA_OPTIONS}
         try:
             self._session = ort.InferenceSession(graph, session_options, [(provider, options)])
         except Exception as error:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -173,11 +174,17 @@ def test_a_device_that_onnxruntime_does_not_take_is_an_error(
     )
     monkeypatch.setattr("server.onnxruntime_engine.has_cuda_kernel", lambda _: False)
     session = ort.InferenceSession
-    monkeypatch.setattr(
-        "onnxruntime.InferenceSession", lambda graph, options, _: session(graph, options, ["CPUExecutionProvider"])
-    )
+    asked: list[Any] = []
+
+    def on_the_cpu(graph: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
+        asked.extend(providers)
+        return session(graph, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", on_the_cpu)
     with pytest.raises(StartupError, match=r"cuda:1: ONNX Runtime .* could not use it, and took CPUExecutionProvider"):
         open_engine(Settings(bundle=tiny_bundle.path, device="cuda:1", engine="onnxruntime"), tiny_bundle)
+    [(provider, options)] = asked
+    assert (provider, options["device_id"], options["use_tf32"]) == ("CUDAExecutionProvider", "1", "0")
     engine = open_engine(Settings(bundle=tiny_bundle.path, engine="onnxruntime"), tiny_bundle)
     assert " on cpu" in engine.name, "the next best, where the device may be chosen"
 

@@ -1,4 +1,4 @@
-"""TensorRT engines in the server, on doubles of CUDA and TensorRT: see tests/runtime/double.py for what they check."""
+"""TensorRT engines in the server, on doubles of CUDA and TensorRT, which check all they are asked."""
 
 from __future__ import annotations
 
