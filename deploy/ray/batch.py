@@ -26,6 +26,7 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 
 from bundle import Bundle, BundleError, read_bundle
@@ -75,12 +76,12 @@ def run(args: argparse.Namespace, settings: Settings, options: DetectOptions, bu
             except RayTaskError as error:  # no loss of a worker: it would come again
                 print(f"a worker cannot go on: {error.cause!r}", file=sys.stderr)
                 return 1
-            except RayError as error:
+            except (RayError, ExecutionTimeoutError) as error:
                 print(f"broken off: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         pending = plan.pending(output)
     if pending:
         for shard in pending[:10]:
-            why = failed.get(shard.number, "its worker was lost each time")
+            why = failed.get(shard.number, "its workers were lost or did not get on")
             print(f"shard {shard.number} is not done after {TRIES} tries: {why}", file=sys.stderr)
         print(f"{len(pending)} of {len(plan)} shards are missing; the same command tries them again", file=sys.stderr)
         return 1
@@ -189,6 +190,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--engine-cpus", type=float, default=1.0, metavar="X", help="CPUs of an engine (default: 1)")
     made.add_argument("--decode-cpus", type=float, default=1.0, metavar="X", help="CPUs of a decoder (default: 1)")
+    made.add_argument(
+        "--patience", type=positive, default=600, metavar="S", help="seconds without progress that end a try (600)"
+    )
     return made
 
 
@@ -219,6 +223,8 @@ def connect(args: argparse.Namespace) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A lost worker's work is tried again for ever, by Ray; a picture that ends each of them must not hold a run up.
+    context.execution_no_progress_timeout_s = args.patience
     context.raise_original_map_exception = True  # a bundle that no engine takes is said as it is
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 

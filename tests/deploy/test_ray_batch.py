@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed: make ray")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.data.exceptions import ExecutionTimeoutError
 
 from benchmarks.ray_serving import ray_environment
 from bundle import Bundle
+from deploy.ray.batch import parser, run
 from deploy.ray.decode import BATCH, UNREACHABLE, Decode, ahead, unpack
 from deploy.ray.infer import ENGINE_LOST, RESULT, Infer
 from deploy.ray.plan import Plan, PlanMismatch, Shard, open_plan
@@ -310,3 +313,28 @@ def test_an_engine_that_is_lost_is_opened_again_and_its_pictures_have_no_result(
     gather = Gather(Store(str(tmp_path)), [shard])
     assert list(gather.take(pa.Table.from_pylist(rows, RESULT))) == []
     assert ENGINE_LOST in gather.failed[0]
+
+
+def test_a_picture_that_ends_every_worker_holds_a_run_up_for_so_long_and_its_shard_is_named(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "pictures", 3)
+    asked: list[list[int]] = []
+
+    class Endless:
+        def __init__(self, shards: list[Shard]) -> None:
+            asked.append([shard.number for shard in shards])
+
+        def iter_batches(self, **_: object) -> Iterator[pa.Table]:
+            if len(asked) == 1:
+                yield results((0, 0, None))
+            raise ExecutionTimeoutError("no progress")
+
+    monkeypatch.setattr("deploy.ray.batch.dataset", lambda *given: Endless(given[-1]))
+    words = ["--input", str(tmp_path / "pictures"), "--output", str(tmp_path / "found"), "--shard-images", "1"]
+    args = parser().parse_args([*words, "--bundle", str(bundle.path)])
+    assert run(args, Settings(bundle=bundle.path), DetectOptions(threshold=0.05), bundle) == 1
+    assert asked == [[0, 1, 2], [1, 2], [1, 2]], "what is written is not done again"
+    said = capsys.readouterr().err
+    assert "shard 1 is not done after 3 tries" in said
+    assert "2 of 3 shards are missing; the same command tries them again" in said
