@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import export.build_errors
@@ -22,10 +23,12 @@ import export.engine_bundle
 import export.flavour
 import export.onnx_export
 import plugins
+from benchmarks.corruptions import run
 from bundle import Bundle, EngineMismatch, HashMismatch, find_engine, read_bundle, write_bundle
 from export.build import PLUGIN_LAYER, LayerReport, NotBuilt, NotParsed, PluginMissing
 from export.build_errors import way_out
 from export.engine_bundle import Request, build_engine
+from export.engine_gate import EngineWrong
 from export.flavour import FLAVOURS, NotInstalled, TargetError
 from export.half_parity import paired
 from export.layers import LayersWrong, check_layers, described, from_json, to_json
@@ -33,6 +36,8 @@ from export.steps import Occupied, Steps, alone_in
 from export.trt_build import main
 from export.verify import Answers
 from models import save_checkpoint
+from parity import read_proof, run_gate
+from runtime import Gpu
 from tests.conftest import has_gpu
 from tests.export.conftest import Exported
 from tests.export.small import CANVASES, build, small
@@ -106,7 +111,7 @@ def test_a_checkpoint_becomes_a_bundle_with_its_engine(built: Built) -> None:
 
 
 def test_every_step_says_its_time_and_its_result(built: Built) -> None:
-    names = ["load", "bundle", "trace", "verify", "build", "check", "publish"]
+    names = ["load", "bundle", "trace", "verify", "build", "check", "gate", "publish"]
     assert steps_done(built.said) == dict.fromkeys(names, "done")
     text = "\n".join(built.said)
     assert "2 of them MSDeformAttn" in text
@@ -118,6 +123,65 @@ def test_every_step_says_its_time_and_its_result(built: Built) -> None:
     assert "SOFTMAX" in full
     assert "SOFTMAX" not in half
     assert "NORMALIZATION" not in half
+
+
+def test_an_engine_that_cannot_be_run_here_is_said_so_and_carries_no_parity(built: Built) -> None:
+    (engine,) = built.bundle.manifest.engines
+    if not has_gpu():
+        assert engine.parity == ()
+        assert any("gate" in line and "NOT RUN HERE: " in line for line in built.said)
+    assert "proof" in built.bundle.manifest.hashes
+
+
+def test_the_half_graph_an_engine_is_built_of_passes_the_gate(built: Built) -> None:
+    proof = read_proof(built.bundle)
+    assert proof is not None
+    graph = onnx.load(built.bundle.path.parent / ".cells.build" / "graph-fp16.onnx")
+    report = run_gate(run(graph, plugins.onnxruntime_library()), proof, "fp16", (1, 3))
+    assert report.passed, report.failures
+
+
+def test_where_a_gpu_is_there_the_engine_is_held_against_the_proof(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(built.bundle.path.parent / ".cells.build", work)
+    request = replace(built.request, output=tmp_path / "cells", work=work)
+    proof = read_proof(built.bundle)
+    assert proof is not None
+    graph = onnx.load(work / "graph-fp16.onnx")
+    report = run_gate(run(graph, plugins.onnxruntime_library()), proof, "fp16", (1, 3))
+    monkeypatch.setattr(export.engine_bundle, "gpu_for", lambda record: Gpu(0, "A GPU", "sm89"))
+
+    def wrong(*_: Any) -> None:
+        raise EngineWrong("the engine answers wrong and is not published: canvas 64x96")
+
+    monkeypatch.setattr(export.engine_bundle, "gate_engine", wrong)
+    with pytest.raises(EngineWrong):
+        build_engine(request)
+    assert not (tmp_path / "cells").exists(), "a wrong engine is not published"
+    monkeypatch.setattr(export.engine_bundle, "gate_engine", lambda *_: report)
+    said: list[str] = []
+    (engine,) = build_engine(request, said.append).manifest.engines
+    assert steps_done(said)["build"] == "kept"
+    assert {(str(one.canvas), one.batch_size) for one in engine.parity} == {
+        (str(canvas), size) for canvas in CANVASES for size in (1, 3)
+    }
+    assert any("answers as PyTorch does on" in line and "A GPU, sm89" in line for line in said)
+
+
+def test_a_bundle_of_before_gets_its_proof(built: Built, tmp_path: Path) -> None:
+    place, work = tmp_path / "cells", tmp_path / "work"
+    shutil.copytree(built.bundle.path, place)
+    shutil.copytree(built.bundle.path.parent / ".cells.build", work)
+    (place / "proof.npz").unlink()
+    manifest = json.loads((place / "manifest.json").read_text())
+    del manifest["hashes"]["proof"]
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    said: list[str] = []
+    bundle = build_engine(replace(built.request, output=place, work=work), said.append)
+    assert read_proof(bundle) is not None
+    assert any("proof.npz, which it had not" in line for line in said)
 
 
 def test_done_again_nothing_is_done(built: Built) -> None:
