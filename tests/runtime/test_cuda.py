@@ -206,3 +206,29 @@ def test_without_the_bindings_it_says_what_to_install(monkeypatch: pytest.Monkey
     for ask in (gpus, BoundCuda):
         with pytest.raises(NotInstalled, match=r"pip install 'ddetr\[gpu\]'"):
             ask()
+
+
+@needs_bindings
+@pytest.mark.skipif(has_gpu(), reason="on a GPU these calls would be made in earnest")
+def test_the_real_bindings_take_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a driver every call fails, but only once its arguments are converted; ours is told that it did not."""
+    real = importlib.import_module("cuda.bindings.runtime")
+    refused: list[str] = []
+
+    class Forwarding(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            member = getattr(real, name)
+            if isinstance(member, type) or not callable(member):
+                return member
+
+            def call(*arguments: Any) -> tuple[Any, ...]:
+                status, *_ = member(*arguments)
+                if status != real.cudaError_t.cudaErrorInsufficientDriver:
+                    refused.append(f"{name}: {status.name}")
+                return real.cudaError_t.cudaSuccess, 7
+
+            return call
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", Forwarding("cuda.bindings.runtime"))
+    call_everything(BoundCuda())
+    assert [each for each in refused if "cudaErrorNoDevice" not in each] == []
