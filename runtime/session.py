@@ -21,7 +21,7 @@ from runtime.errors import CudaFailed
 from runtime.graph_io import Part, Profile, read_graph_io
 from runtime.program import Contexts, Graphs, Program
 
-MOST_PROGRAMS = 64
+MOST_PROGRAMS = 256
 """Pairs of canvas and batch size that are kept ready; beyond, the one unused for longest goes."""
 
 _SLOTS = 2  # one is computed from, one filled

@@ -9,6 +9,7 @@ from pathlib import Path
 import plugins
 from bundle import Bundle, Canvas, EngineMismatch, EngineRecord, Manifest, find_engine
 from runtime import Answer, Gpu, RuntimeUnavailable, Staged, TensorRTSession, gpus, open_tensorrt
+from runtime.session import MOST_PROGRAMS
 from server.engine import Candidate, PassedOver, RawDetections
 from server.engine_cache import EngineCache, NoRecipe, recipe_for
 from server.errors import StartupError
@@ -67,7 +68,7 @@ def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOv
 
 
 class TensorRTEngine:
-    """One instance: contexts, buffers and a stream of its own. Every batch size is run before the first request."""
+    """One instance: contexts, buffers and streams of its own. Every batch size is run before the first request."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class TensorRTEngine:
         try:
             self._check(path, settings.max_batch_size)
             for canvas in self.manifest.canvases:
-                for count in range(1, settings.max_batch_size + 1):
+                for count in _warmed(settings.max_batch_size, len(self.manifest.canvases)):
                     self._session.warm(count, canvas.height, canvas.width)
         except BaseException as error:
             self._session.close()
@@ -124,6 +125,12 @@ class TensorRTEngine:
         for canvas in self.manifest.canvases:
             if (takes := most.get((canvas.height, canvas.width), 0)) < max_batch_size:
                 raise StartupError(_refusal(path.name, canvas, takes, max_batch_size))
+
+
+def _warmed(max_batch_size: int, canvases: int) -> list[int]:
+    """The batch sizes to run before requests come: all, or as many as are kept ready, the largest among them."""
+    kept = max(1, MOST_PROGRAMS // canvases)
+    return [*range(1, min(max_batch_size, kept)), max_batch_size]
 
 
 def _open(path: Path, record: EngineRecord, gpu: Gpu) -> TensorRTSession:

@@ -86,6 +86,18 @@ def test_every_batch_size_is_a_graph_before_the_first_request(gpus: Gpus, bundle
     engine.close()
 
 
+def test_no_more_kinds_are_warmed_than_are_kept(gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("runtime.session", "server.tensorrt_engine"):
+        monkeypatch.setattr(f"{place}.MOST_PROGRAMS", 3 * len(CANVASES))
+    bundle = bundle_with(tmp_path / "large", SM80, most=9)
+    engine = open_engine(settings_for(bundle, max_batch_size=9), bundle)
+    assert gpus.cuda.calls.count("capture") == 3 * len(CANVASES)
+    before = len(gpus.cuda.calls)
+    run_engine(engine, pictures(1, 9, 64, 96), CANVASES[1])
+    assert "launch" in gpus.cuda.calls[before:], "the largest are ready"
+    engine.close()
+
+
 def test_a_service_on_it(gpus: Gpus, bundle: Bundle) -> None:
     app = create_app(settings_for(bundle))
     with TestClient(app) as client:
