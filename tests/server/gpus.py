@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,11 +39,11 @@ class Gpus:
         return open_on(self.gpus[device], path, flavour, self.trt[flavour], self.cuda, plugin, built_with)
 
     def left(self) -> list[str]:
-        """What is held on GPUs once the threads of engines have ended."""
-        for thread in threading.enumerate():
-            if thread.name.startswith("engine-"):
-                thread.join(30)
-        return self.cuda.left()
+        """What is held on GPUs once engines have been closed, which their own threads do."""
+        until_s = time.monotonic() + 30
+        while (held := self.cuda.left()) and time.monotonic() < until_s:
+            threading.Event().wait(0.005)
+        return held
 
 
 @contextmanager

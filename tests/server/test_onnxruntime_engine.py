@@ -9,11 +9,12 @@ from onnx import TensorProto, helper
 
 import plugins
 from bundle import Bundle, Canvas, write_bundle
-from server.app import create_app
 from server.engine import RawDetections, candidates, open_engine, run_engine
 from server.errors import StartupError
+from server.metrics import Metrics
 from server.onnxruntime_engine import OnnxRuntimeEngine, has_cuda_kernel
 from server.preprocess import Pixels
+from server.served import open_bundle
 from server.settings import Settings
 from tests.server.fake_engine import MANIFEST, FakeEngine, box_of_bright
 from tests.server.tiny_bundle import LABEL, SCORE
@@ -62,7 +63,7 @@ def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
 
 def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
     settings = Settings(bundle=tiny_bundle.path, engine_instances=2)
-    engines = create_app(settings).state.service.served.opened.engines
+    engines = open_bundle(settings, tiny_bundle.path, Metrics(), 0.0).engines
     assert len(engines) == 2
     assert len({id(each) for each in engines}) == 2
     for each in engines:
