@@ -30,7 +30,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1c2430; }
 table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #d8dee6; }
-th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 h2 { margin: 2rem 0 .3rem; font-size: 1.15rem; }
 .passed { color: #11734b; } .FAILED { color: #b3261e; } .not-run { color: #6b7684; }
 li { font-family: ui-monospace, monospace; font-size: 13px; }
@@ -59,7 +59,7 @@ def _engine(bundle: Bundle, proof: Proof, verdict: Verdict) -> str:
     said = f'<h2><span class="{verdict.word.replace(" ", "-")}">{verdict.word}</span> {escape(verdict.name)}</h2>\n'
     if verdict.report is None:
         return f"{said}<p>{escape(verdict.why)}</p>"
-    said += f"<p>{escape(verdict.headline())}</p>\n{_figures(verdict.report)}"
+    said += f"<p>{escape(verdict.headline().removeprefix(verdict.word).strip())}</p>\n{_figures(verdict.report)}"
     failures = verdict.report.failures
     if not failures:
         return f"{said}<p>No disagreement.</p>"
@@ -79,10 +79,11 @@ def _figures(report: GateReport) -> str:
          f"{limits.strays:.0%}", "")
     ]  # fmt: skip
     for one in summaries(report):
+        cells = one.cells()
         rows.append(
-            (one.canvas, str(one.batch_size), str(one.answers), f"{one.box_median:.1e}", f"{one.box_max:.1e}",
-             f"{one.score_median:.1e}", f"{one.score_max:.1e}", f"{one.curve:.1e}", f"{one.min_iou:.3f}",
-             str(one.strays), f"{one.signature:.2f}")
+            (one.canvas, str(one.batch_size), str(one.answers), cells["box_median"], cells["box_max"],
+             cells["score_median"], cells["score_max"], cells["curve"], cells["min_iou"], str(one.strays),
+             f"{one.signature:.2f}")
         )  # fmt: skip
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
@@ -121,14 +122,16 @@ def _figure(bundle: Bundle, row: Row, want: Expected, pixels: NDArray[np.uint8],
     sides.append((row.got.boxes[surplus], row.got.labels[surplus], row.got.scores[surplus], GOT))
     image = Image.fromarray(pixels)
     scale = min(2.0, WIDEST_PX / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)))
+    image = image.resize((round(image.width * scale), round(image.height * scale))).convert("L").convert("RGB")
+    image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.5)  # so that the boxes stand out
     pen = ImageDraw.Draw(image)
-    for boxes, labels, scores, colour in sides:
+    for side, (boxes, labels, scores, colour) in enumerate(sides):
         for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
             x0, x1 = sorted((box[0] * image.width, box[2] * image.width))
             y0, y1 = sorted((box[1] * image.height, box[3] * image.height))
             pen.rectangle((x0, y0, x1, y1), outline=colour, width=2)
-            pen.text((x0 + 3, y0 + 1), f"{names.get(label, label)} {score:.2f}", fill=colour)
+            place = (x0 + 3, y0 + 1) if side == 0 else (x0 + 3, y1 - 13)  # one above, the other below
+            pen.text(place, f"{names.get(label, label)} {score:.2f}", fill=colour, stroke_width=2, stroke_fill="white")
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()

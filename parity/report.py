@@ -26,7 +26,16 @@ class Summary:
     strays: int
     signature: float
     agreement: float
+    paired: int
     failures: int
+
+    def cells(self) -> dict[str, str]:
+        """The errors of the pairs in words; dashes where there are no pairs."""
+        errors = {name: getattr(self, name) for name in ("box_median", "box_max", "score_median", "score_max")}
+        return {name: f"{value:.1e}" if self.paired else "-" for name, value in errors.items()} | {
+            "curve": f"{self.curve:.1e}",
+            "min_iou": f"{self.min_iou:.3f}" if self.paired else "-",
+        }
 
 
 def summaries(report: GateReport) -> list[Summary]:
@@ -53,6 +62,7 @@ def _summary(report: GateReport, canvas: str, batch_size: int, rows: Sequence[Ro
         strays=max(one.strays for one in figures),
         signature=max(one.signature for one in figures),
         agreement=min(one.agreement for one in figures),
+        paired=sum(one.paired for one in figures),
         failures=sum(line.startswith((f"{place},", f"{place}:")) for line in report.failures),
     )
 
@@ -84,17 +94,18 @@ def table(report: GateReport) -> str:
         )  # fmt: skip
     )
     for one in summaries(report):
+        cells = one.cells()
         lines.append(
             line(
                 (
                     one.canvas,
                     str(one.batch_size),
                     str(one.answers),
-                    f"{one.box_median:.1e}",
-                    f"{one.box_max:.1e}",
-                    f"{one.score_median:.1e}",
-                    f"{one.score_max:.1e}",
-                    f"{one.curve:.1e}",
+                    cells["box_median"],
+                    cells["box_max"],
+                    cells["score_median"],
+                    cells["score_max"],
+                    cells["curve"],
                     str(one.strays),
                     f"{one.signature:.2f}",
                 )
