@@ -18,6 +18,14 @@ from server.swap import Swaps
 _MOST_BYTES = 64 * 1024
 _LONGEST_TRIAL_S = 24 * 3600.0
 
+_KEY = {
+    "name": "X-API-Key",
+    "in": "header",
+    "required": True,
+    "description": "an admin key; or as `Authorization: Bearer KEY`",
+    "schema": {"type": "string"},
+}
+
 
 class SwapRequest(BaseModel):
     """Which bundle, and how it is tried on live pictures first."""
@@ -60,12 +68,13 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
                 "content": {"application/json": {"schema": SwapRequest.model_json_schema()}},
             },
             "parameters": [
+                _KEY,
                 {
                     "name": "wait",
                     "in": "query",
                     "description": "answer when the swap is over: 200, or 422 if the bundle is not in service",
                     "schema": {"type": "boolean", "default": False},
-                }
+                },
             ],
         },
     )
@@ -97,6 +106,7 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
         summary="The bundle in service, and swaps",
         response_class=Response,
         responses=ADMIN_GET_RESPONSES,
+        openapi_extra={"parameters": [_KEY]},
     )
     async def state() -> Response:
         """The bundle in service, and the last swaps, the newest first."""
