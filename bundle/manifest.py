@@ -53,6 +53,7 @@ class EngineRecord(_Record):
     flavour: Literal["tensorrt", "rtx"]
     arch: str = Field(description="sm80; sm86-sm89 for an engine of two; sm80+ for that and all after it")
     precision: str
+    tf32: bool = Field(default=False, description="its float32 products round to 10 bits")
     sha256: Sha256
     built_with: dict[str, str] = Field(default_factory=dict)
     targets: tuple[str, ...] = Field(default=(), description="the GPUs it runs on; none: `arch` alone")
@@ -68,6 +69,11 @@ class EngineRecord(_Record):
     )
 
     _plain_name = field_validator("file")(lambda value: plain_file_name(value))
+
+    @property
+    def exactness(self) -> str:
+        """The precision whose limits its answers are held to: "fp32", "tf32" or "fp16"."""
+        return "tf32" if self.tf32 and self.precision == "fp32" else self.precision
 
     def runs_on(self, arch: str) -> bool:
         """Whether a GPU of this architecture ("sm86") can run it; which TensorRT does is another question."""

@@ -341,6 +341,7 @@ class _Build:
             flavour="rtx" if request.flavour == "rtx" else "tensorrt",
             arch=self.arch,
             precision=request.precision,
+            tf32=request.tf32,
             sha256=sha256_of(path),
             built_with={request.flavour: self.version, **{name: _version(name) for name in _PROGRAMS}},
             targets=self.targets,

@@ -55,7 +55,7 @@ def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, pro
     with closing(session):
         sizes = {profile.typical_batch_size for profile in record.profiles}
         sizes |= {profile.max_batch_size for profile in record.profiles}
-        report = run_gate(infer_of(session), proof, record.precision, [1, *sorted(sizes - {1})], progress=progress)
+        report = run_gate(infer_of(session), proof, record.exactness, [1, *sorted(sizes - {1})], progress=progress)
     if not report.passed:
         more = len(report.failures) - _SHOWN
         said = "; ".join(report.failures[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -59,20 +59,21 @@ LIMITS = {
         box_median=2e-2, score_median=0.1, curve=0.1, least_strays=2, least_score=0.3,
     ),
 }  # fmt: skip
+LIMITS["tf32"] = replace(LIMITS["fp16"], precision="tf32")  # what goes into its products has half precision's 10 bits
 FLOORS = {"box_median": 1e-5, "score_median": 5e-5, "curve": 1e-4}
 """The least that a limit in half precision is, where almost nothing was measured."""
 
 
 def limits_for(precision: str, half: Mapping[str, float] | None = None) -> Limits:
-    """The limits of a precision ("fp32", "fp16", "int8"); `half` is `Proof.half`. Raises ValueError for another."""
+    """The limits of a precision ("fp32", "tf32", "fp16", "int8"), `half` being `Proof.half`; else raises ValueError."""
     if precision not in LIMITS:
         raise ValueError(f"no limits for precision {precision!r}; there are {', '.join(LIMITS)}")
     limits = LIMITS[precision]
-    if precision != "fp16" or not half:
+    if precision not in ("fp16", "tf32") or not half:
         return limits
     measured = {name: max(FLOORS[name], HALF_FACTOR * half.get(name, 0.0)) for name in MEASURED}
     return replace(limits, **measured)  # type: ignore[arg-type]  # they are all floats
 
 
-AP_LOSS = {"fp32": 0.002, "fp16": 0.005, "int8": 0.01}
+AP_LOSS = {"fp32": 0.002, "tf32": 0.005, "fp16": 0.005, "int8": 0.01}
 """How much AP a precision may cost on data."""

@@ -101,6 +101,14 @@ def test_a_right_engine_is_measured_in_every_batch_size_of_its_profiles(
     assert all(one.detections_compared and one.detections_compared > 50 * one.batch_size for one in found)
 
 
+def test_an_engine_whose_products_round_to_10_bits_is_held_to_the_limits_of_half_precision(
+    session: Session, record: EngineRecord, proof: Proof
+) -> None:
+    report = gate_engine(Path("engine"), record.model_copy(update={"tf32": True}), proof, 1)
+    assert report.precision == "tf32"
+    assert report.limits.box_median > 10 * gate_engine(Path("engine"), record, proof, 1).limits.box_median
+
+
 def test_a_wrong_engine_is_refused_naming_figure_and_place(
     session: Session, record: EngineRecord, proof: Proof
 ) -> None:
