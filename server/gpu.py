@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 
 class GpuCollector(Collector):
-    """Two gauges of each GPU, by its index. Tested with a stand-in for the driver's library; not yet run on a GPU."""
+    """Three gauges of each GPU, by its index. Tested with a stand-in for the driver's library; not yet run on a GPU."""
 
     def __init__(self, nvml: ModuleType) -> None:
         self._nvml = nvml
@@ -20,17 +20,20 @@ class GpuCollector(Collector):
             "ddetr_gpu_utilization_ratio", "Share of time the GPU was busy.", labels=["gpu"]
         )
         memory = GaugeMetricFamily("ddetr_gpu_memory_used_bytes", "Memory in use on the GPU.", labels=["gpu"])
+        total = GaugeMetricFamily("ddetr_gpu_memory_total_bytes", "Memory that the GPU has.", labels=["gpu"])
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 busy_percent = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-                used_bytes = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
+                held = self._nvml.nvmlDeviceGetMemoryInfo(handle)
             except self._nvml.NVMLError:
                 continue
             utilization.add_metric([str(index)], busy_percent / 100)
-            memory.add_metric([str(index)], used_bytes)
+            memory.add_metric([str(index)], held.used)
+            total.add_metric([str(index)], held.total)
         yield utilization
         yield memory
+        yield total
 
 
 def gpu_collector() -> GpuCollector | None:

@@ -196,7 +196,7 @@ def test_disagreement_leaves_the_output_untouched(
     argv = ["--checkpoint", str(done.checkpoint), "--output", str(output), "--canvases", "64x96", "--with-checkpoint"]
     assert main(argv) == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    assert set(before) == {"manifest.json", "model.onnx", "model.safetensors"}
+    assert set(before) == {"manifest.json", "model.onnx", "model.safetensors", "proof.npz"}
     assert json.loads(before["manifest.json"])["model"] == {"name": "custom-two-stage", "version": "1"}
     assert read_bundle(output).checkpoint_path is not None
 

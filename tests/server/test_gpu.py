@@ -31,7 +31,7 @@ def fake_nvml(*, driver: bool = True) -> ModuleType:
         nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=handle,
         nvmlDeviceGetUtilizationRates=lambda _: SimpleNamespace(gpu=37),
-        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=5 * 2**30),
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=5 * 2**30, total=8 * 2**30),
     )
     return nvml
 
@@ -41,6 +41,7 @@ def test_each_gpu_that_answers_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     lines = Metrics().exposition().decode().splitlines()
     assert 'ddetr_gpu_utilization_ratio{gpu="0"} 0.37' in lines
     assert 'ddetr_gpu_memory_used_bytes{gpu="0"} 5.36870912e+09' in lines
+    assert 'ddetr_gpu_memory_total_bytes{gpu="0"} 8.589934592e+09' in lines
     assert not any('gpu="1"' in line for line in lines)
 
 
