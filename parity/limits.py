@@ -12,9 +12,9 @@ ALONE = 3.0
 """What one picture may be over the limit of the median picture: where a proposal is swapped for one as good, all other
 detections of its picture move a little."""
 
-SIGNATURE = 0.35
+SIGNATURE = 0.25
 """Limit, in every precision, of how much of a known fault is in the box errors. Measured: right engines, of float32 and
-of half precision, at most 0.02; engines with the fault 0.53 and more."""
+of half precision, at most 0.05; engines with the fault 0.44 and more."""
 
 
 @dataclass(frozen=True)
