@@ -1,7 +1,9 @@
 """An engine at one canvas and one batch size, run again and again."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime.cuda import Address, CaptureFailed, Cuda, Handle
@@ -14,17 +16,37 @@ logger = logging.getLogger("ddetr.engine")
 class Contexts:
     """Makes the execution contexts of an engine; they share its memory, as only one of them works at a time."""
 
-    def __init__(self, engine: Any, trt: Any, memory: Address, memory_bytes: int) -> None:
+    def __init__(self, engine: Any, trt: Any, memory: Address, memory_bytes: int, kernels: Path | None = None) -> None:
         self._engine, self._trt = engine, trt
         self._memory, self._memory_bytes = memory, memory_bytes
+        self._kernels = kernels
+        self._compiled: Any = None
         self._how: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if hasattr(trt, "IRuntimeCache"):
             # RTX compiles its kernels here: once for all contexts, and before they serve, for each has but one shape.
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(self._how)
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.set_runtime_cache(config.create_runtime_cache())
+            self._compiled = config.create_runtime_cache()
+            if kernels is not None and kernels.is_file() and not self._compiled.deserialize(kernels.read_bytes()):
+                logger.info("%s is of another GPU or version: kernels are compiled again", kernels)
+            config.set_runtime_cache(self._compiled)
             self._how = config
+
+    def keep_kernels(self) -> None:
+        """Write what was compiled into the file, for the next time; where nothing is compiled or kept, do nothing."""
+        if self._compiled is None or self._kernels is None:
+            return
+        content = bytes(self._compiled.serialize())
+        fresh = self._kernels.with_name(f".{self._kernels.name}.{os.getpid()}")
+        try:
+            if self._kernels.is_file() and self._kernels.read_bytes() == content:
+                return
+            self._kernels.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_bytes(content)
+            fresh.replace(self._kernels)
+        except OSError as error:
+            logger.warning("compiled kernels are not kept, the next start takes as long: %s", str(error))
 
     def make(
         self,

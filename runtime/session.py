@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,17 @@ class TensorRTSession:
     one thread at a time. Raises what `runtime.errors` has, and ValueError for a batch that no profile takes.
     """
 
-    def __init__(self, engine: Any, trt: Any, cuda: Cuda, device: int, *, name: str = "", graphs: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        trt: Any,
+        cuda: Cuda,
+        device: int,
+        *,
+        name: str = "",
+        graphs: bool = True,
+        kernels: Path | None = None,
+    ) -> None:
         self.name = name
         self._cuda, self._device, self._trt = cuda, device, trt
         self._graphs = Graphs(wanted=graphs)
@@ -88,7 +99,7 @@ class TensorRTSession:
                 events = [self._new(held, cuda.new_event, cuda.free_event) for _ in range(2)]
                 self._slots.append(_Slot(host, gpu, *events))
             memory_bytes = max(1, int(engine.device_memory_size_v2))
-            self._contexts = Contexts(engine, trt, self._memory(held, memory_bytes), memory_bytes)
+            self._contexts = Contexts(engine, trt, self._memory(held, memory_bytes), memory_bytes, kernels)
             held.callback(self._drop_programs)
 
     @property
@@ -179,6 +190,10 @@ class TensorRTSession:
         sizes = np.full((count, 2), (height, width), np.int64)
         for _ in range(2):
             self.infer(images, sizes)
+
+    def keep_kernels(self) -> None:
+        """Write the kernels that RTX has compiled by now into the file that the session was opened with."""
+        self._contexts.keep_kernels()
 
     def close(self) -> None:
         """Wait for what is under way, and give everything back. A second call does nothing."""

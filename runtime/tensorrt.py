@@ -13,18 +13,26 @@ _PLUGIN, _PLUGIN_VERSION = "MSDeformAttn", "1"
 
 
 def open_tensorrt(
-    path: Path, flavour: str, device: int, plugin: Path | None, built_with: str = "", *, graphs: bool = True
+    path: Path,
+    flavour: str,
+    device: int,
+    plugin: Path | None,
+    built_with: str = "",
+    *,
+    graphs: bool = True,
+    kernels: Path | None = None,
 ) -> TensorRTSession:
     """The engine in file `path` on GPU number `device`.
 
     flavour: "tensorrt" or "rtx". plugin: the library of the op. built_with: the version of the flavour, for messages.
-    graphs: make CUDA graphs of what is run again. Raises RuntimeUnavailable.
+    graphs: make CUDA graphs of what is run again. kernels: a file for those that RTX compiles here, see `keep_kernels`.
+    Raises RuntimeUnavailable.
     """
     trt = load_flavour(flavour)
     there = gpus()
     if device >= len(there):
         raise NoGpu(f"there is no cuda:{device}: this machine's GPUs are cuda:0 to cuda:{len(there) - 1}")
-    return open_on(there[device], path, flavour, trt, BoundCuda(), plugin, built_with, graphs=graphs)
+    return open_on(there[device], path, flavour, trt, BoundCuda(), plugin, built_with, graphs=graphs, kernels=kernels)
 
 
 def open_on(
@@ -37,6 +45,7 @@ def open_on(
     built_with: str = "",
     *,
     graphs: bool = True,
+    kernels: Path | None = None,
 ) -> TensorRTSession:
     """The same, with TensorRT's module and CUDA as they are given."""
     log = log_of(trt)
@@ -55,7 +64,7 @@ def open_on(
             f"{log.reason()}; build it here: ddetr build --checkpoint ... --flavour {flavour}"
         )
     name = f"{flavour} {trt.__version__} on cuda:{gpu.index} ({gpu.name}, {gpu.arch})"
-    return TensorRTSession(engine, trt, cuda, gpu.index, name=name, graphs=graphs)
+    return TensorRTSession(engine, trt, cuda, gpu.index, name=name, graphs=graphs, kernels=kernels)
 
 
 def _load_plugin(runtime: Any, log: Any, flavour: str, version: str, plugin: Path | None) -> None:

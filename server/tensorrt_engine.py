@@ -82,7 +82,7 @@ class TensorRTEngine:
         self.manifest: Manifest = bundle.manifest
         began_s = time.monotonic()
         try:
-            self._session = _open(path, record, gpu)
+            self._session = _open(path, record, gpu, settings.engine_cache)
         except RuntimeUnavailable as error:
             raise StartupError(str(error)) from error
         try:
@@ -90,6 +90,7 @@ class TensorRTEngine:
             for canvas in self.manifest.canvases:
                 for count in _warmed(settings.max_batch_size, len(self.manifest.canvases)):
                     self._session.warm(count, canvas.height, canvas.width)
+            self._session.keep_kernels()
         except BaseException as error:
             self._session.close()
             if isinstance(error, RuntimeUnavailable):
@@ -133,9 +134,10 @@ def _warmed(max_batch_size: int, canvases: int) -> list[int]:
     return [*range(1, min(max_batch_size, kept)), max_batch_size]
 
 
-def _open(path: Path, record: EngineRecord, gpu: Gpu) -> TensorRTSession:
+def _open(path: Path, record: EngineRecord, gpu: Gpu, cache: Path) -> TensorRTSession:
     built_with = f"{record.flavour} {record.built_with.get(record.flavour, 'of an unknown version')} for {record.arch}"
-    return open_tensorrt(path, record.flavour, gpu.index, plugins.tensorrt_library(), built_with)
+    kernels = cache / "kernels" / f"{record.sha256[:32]}-{gpu.arch}.bin"  # of RTX, which compiles them here
+    return open_tensorrt(path, record.flavour, gpu.index, plugins.tensorrt_library(), built_with, kernels=kernels)
 
 
 def find_gpu(device: str) -> Gpu:

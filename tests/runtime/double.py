@@ -124,7 +124,18 @@ class IPluginRegistry:
 
 
 class IRuntimeCache:
-    pass
+    """What was compiled: the shapes that a context was made for."""
+
+    def __init__(self) -> None:
+        self._content = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        if blob.startswith(b"kernels"):
+            self._content = bytes(blob)
+        return blob.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        return self._content or b"kernels, compiled here"
 
 
 class IRuntimeConfig:

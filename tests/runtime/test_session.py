@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,34 @@ def test_after_an_error_that_stays_it_can_still_be_closed(open_session: Open, cu
         session.fetch(running)
     session.close()
     session.close()
+
+
+def test_what_rtx_compiles_is_kept_for_the_next_time(
+    open_session: Open, trt: FakeTrt, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = tmp_path / "cache" / "kernels.bin"
+    for content in (None, b"kernels of last time", b"of another version"):
+        if content is not None and hasattr(trt, "IRuntimeCache"):
+            kernels.write_bytes(content)
+        with caplog.at_level(logging.INFO):
+            session = open_session(kernels=kernels)
+        session.warm(1, 64, 96)
+        session.keep_kernels()
+        assert kernels.exists() == hasattr(trt, "IRuntimeCache"), "TensorRT compiles none here"
+        if hasattr(trt, "IRuntimeCache"):
+            kept = b"kernels of last time" if content == b"kernels of last time" else b"kernels, compiled here"
+            assert kernels.read_bytes() == kept
+            assert ("of another GPU or version" in caplog.text) == (content == b"of another version")
+            assert [each.name for each in kernels.parent.iterdir()] == ["kernels.bin"]
+    open_session().keep_kernels()  # without a file
+
+
+def test_kernels_that_cannot_be_kept_are_no_error(
+    open_session: Open, trt: FakeTrt, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    open_session(kernels=tmp_path / "file" / "kernels.bin").keep_kernels()
+    assert ("are not kept" in caplog.text) == hasattr(trt, "IRuntimeCache")
 
 
 def test_answers_are_the_callers_own(open_session: Open) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,11 @@ class Gpus:
         self.opened: list[tuple[str, int]] = []  # file and GPU
 
     def open(
-        self, path: Path, flavour: str, device: int, plugin: Path | None, built_with: str = "", *, graphs: bool = True
+        self, path: Path, flavour: str, device: int, plugin: Path | None, built_with: str = "", **options: Any
     ) -> TensorRTSession:
         self.opened.append((path.name, device))
         plugin = plugin or Path("plugin.so")
-        return open_on(self.gpus[device], path, flavour, self.trt[flavour], self.cuda, plugin, built_with)
+        return open_on(self.gpus[device], path, flavour, self.trt[flavour], self.cuda, plugin, built_with, **options)
 
     def left(self) -> list[str]:
         """What is held on GPUs once engines have been closed, which their own threads do."""

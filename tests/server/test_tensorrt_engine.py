@@ -37,7 +37,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def settings_for(bundle: Bundle, **values: object) -> Settings:
-    return Settings(bundle=bundle.path, stall_timeout_ms=60_000, **values)
+    fixed: dict[str, object] = {"stall_timeout_ms": 60_000, "engine_cache": bundle.path.parent / "cache"}
+    return Settings(bundle=bundle.path, **(fixed | values))
 
 
 def pictures(seed: int, count: int, height: int, width: int) -> list[np.ndarray]:
@@ -84,6 +85,17 @@ def test_every_batch_size_is_a_graph_before_the_first_request(gpus: Gpus, bundle
     run_engine(engine, pictures(1, 3, 64, 96), CANVASES[1])
     assert "capture" not in gpus.cuda.calls[captured:]
     engine.close()
+
+
+def test_rtx_compiles_its_kernels_once(gpus: Gpus, tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path / "rtx", "rtx-sm80-fp16.engine")
+    settings = settings_for(bundle, engine="tensorrt", engine_cache=tmp_path / "cache")
+    open_engine(settings, bundle).close()
+    [kept] = (tmp_path / "cache" / "kernels").iterdir()
+    assert kept.name == f"{bundle.manifest.engines[0].sha256[:32]}-sm80.bin"
+    kept.write_bytes(b"kernels of last time")
+    open_engine(settings, bundle).close()
+    assert kept.read_bytes() == b"kernels of last time"
 
 
 def test_no_more_kinds_are_warmed_than_are_kept(gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
