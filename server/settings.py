@@ -38,7 +38,9 @@ class Settings(BaseSettings):
         description="background: for a bundle without a TensorRT engine for this GPU build one while it is served, and "
         "swap to it",
     )
-    engine_cache: Path = Field(default_factory=_engine_cache, description="folder of engines built so, and of what RTX compiles")
+    engine_cache: Path = Field(
+        default_factory=_engine_cache, description="folder of engines built so, and of what RTX compiles"
+    )
     engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side, on each device")
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
 
