@@ -83,7 +83,7 @@ class Candidate:
     """One way to run a bundle here, not opened yet."""
 
     name: str
-    precision: str  # "fp32", "fp16" or "int8"
+    precision: str  # whose limits its answers are held to: "fp32", "tf32", "fp16" or "int8"
     open: OpenEngine  # raises StartupError
 
 

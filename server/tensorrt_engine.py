@@ -48,7 +48,7 @@ def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Passed
             ways.append(PassedOver(name, refusal))
         else:
             path = bundle.path / record.file
-            ways.append(Candidate(name, precision, partial(TensorRTEngine, bundle, settings, record, gpu, path)))
+            ways.append(Candidate(name, record.exactness, partial(TensorRTEngine, bundle, settings, record, gpu, path)))
     if builds and not any(isinstance(way, Candidate) for way in ways):
         ways.append(_built(settings, bundle, gpu))
     return ways or [PassedOver("tensorrt", why)]
@@ -64,7 +64,7 @@ def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOv
         return PassedOver("tensorrt", f"none is built for {gpu.name} ({gpu.arch}) yet")
     record, path = kept
     name = f"tensorrt {record.file}, built here, on cuda:{gpu.index}"
-    return Candidate(name, record.precision, partial(TensorRTEngine, bundle, settings, record, gpu, path))
+    return Candidate(name, record.exactness, partial(TensorRTEngine, bundle, settings, record, gpu, path))
 
 
 class TensorRTEngine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,16 @@ def test_the_best_comes_first(gpus: Gpus, tmp_path: Path) -> None:
     assert names(candidates(on_sm86, bundle)) == ["tensorrt tensorrt-sm86-fp16.engine on cuda:2"]
     assert names(candidates(settings_for(bundle, device="cpu"), bundle)) == ["onnxruntime on cpu"]
     assert [each.precision for each in candidates(settings_for(bundle), bundle)[:2]] == ["fp16", "fp32"]
+
+
+def test_an_engine_built_with_tf32_is_held_to_its_limits(gpus: Gpus, tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path / "one", "tensorrt-sm80-fp32.engine")
+    record = bundle.manifest.engines[0].model_copy(update={"tf32": True})
+    manifest = bundle.manifest.model_copy(update={"engines": (record,)})
+    bundle = replace(bundle, manifest=manifest)
+    first = candidates(settings_for(bundle), bundle)[0]
+    assert isinstance(first, Candidate)
+    assert first.precision == "tf32"
 
 
 @pytest.mark.parametrize(
