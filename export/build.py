@@ -18,6 +18,7 @@ import plugins
 from bundle import Canvas
 from export import op
 from export.flavour import BuildError, Flavour, NotInstalled
+from export.plain import plain_graph
 
 _LOG = logging.getLogger("ddetr.tensorrt")
 
@@ -208,7 +209,8 @@ def _shapes(parsed: Parsed, profile: Profile) -> Any:
 def _in_its_dialect(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model as TensorRT wants it said."""
     said = onnx.ModelProto()
-    said.CopyFrom(model)
+    # A bundle's graph, laid out for a CPU, has more ops of ours; a graph traced for engines has this one.
+    said.CopyFrom(plain_graph(model) if any(each.name != op.NAME for each in model.functions) else model)
     # With the function in the file the parser takes it for the node's meaning, and the plugin is never asked.
     del said.functions[:]
     # A uint8 tensor may enter and be cast, and nothing else; the graph transposes it first, when a pixel is a byte.
