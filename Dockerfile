@@ -91,7 +91,7 @@ ENV PATH=/opt/ddetr/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFER
 USER 65532:65532
 WORKDIR /opt/ddetr
 EXPOSE 8000
-# Engines are proved before they are served, on every canvas and batch size: give them their time.
+# Engines are opened, warmed and proved before they are served (a picture a canvas, and more for DDETR_GATE_SECONDS): give them their time.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 CMD ["python3", "-IS", "/opt/ddetr/bin/healthy.py"]
 ENTRYPOINT ["ddetr"]
 CMD ["serve"]
