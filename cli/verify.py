@@ -39,7 +39,7 @@ Hold a bundle's engines against its proof: pictures drawn from seeds, and what f
 Every engine that this machine can run is tried: TensorRT, ONNX Runtime, and ONNX Runtime with the op as the function
 that the file carries (`function`). With --data also AP on photographs is compared.
 
-exit status: 0 all engines passed, 1 one failed, 2 nothing could be compared."""
+exit status: 0 all that could be run passed, 1 one failed, 2 nothing could be compared."""
 
 EXAMPLE = """\
 example:
@@ -199,7 +199,8 @@ def verify(bundle: Bundle, proof: Proof, arguments: argparse.Namespace, data: Co
             continue
         try:
             report = run_gate(opened.infer, proof, way.precision, way.batch_sizes, canvases, _say(way.name))
-            ap = None if data is None else (data.reference(), data.average_precision(opened.infer))
+            answers = data is not None and not any(row.figures.faults for row in report.rows) and bool(report.rows)
+            ap = (data.reference(), data.average_precision(opened.infer)) if data is not None and answers else None
         finally:
             opened.close()
         verdicts.append(Verdict(way.name, way.precision, report, ap=ap))

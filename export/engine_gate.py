@@ -55,7 +55,10 @@ def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, pro
     with closing(session):
         sizes = {profile.typical_batch_size for profile in record.profiles}
         sizes |= {profile.max_batch_size for profile in record.profiles}
-        report = run_gate(infer_of(session), proof, record.exactness, [1, *sorted(sizes - {1})], progress=progress)
+        infer = _Infer(session)
+        report = run_gate(infer, proof, record.exactness, [1, *sorted(sizes - {1})], progress=progress)
+    if infer.lacked is not None:
+        raise CannotRun(str(infer.lacked)) from infer.lacked
     if not report.passed:
         more = len(report.failures) - _SHOWN
         said = "; ".join(report.failures[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
@@ -63,14 +66,21 @@ def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, pro
     return report
 
 
-def infer_of(session: TensorRTSession) -> Any:
-    """The session as the gate asks it."""
+class _Infer:
+    """The session as the gate asks it, which takes every exception for the engine's fault."""
 
-    def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[NDArray[Any]]:
-        answer = session.infer(images, sizes)
+    def __init__(self, session: TensorRTSession) -> None:
+        self._session = session
+        self.lacked: OutOfGpuMemory | None = None
+        """What it lacked: memory is asked for by the first batch of each kind, and the machine's trouble."""
+
+    def __call__(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[NDArray[Any]]:
+        try:
+            answer = self._session.infer(images, sizes)
+        except OutOfGpuMemory as error:
+            self.lacked = error
+            raise
         return answer.boxes, answer.scores, answer.labels
-
-    return infer
 
 
 def parity_records(report: GateReport, engine: str) -> tuple[ParityRecord, ...]:

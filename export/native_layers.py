@@ -159,10 +159,17 @@ def _with_tail(
     shortcut, result = None, nodes[-1].outputs[0]
     add = _only_user(result, "Add", "Sum")
     other = _other(add, result) if add is not None and len(add.inputs) == 2 else None
-    if add is not None and other is not None and other.shape is not None and other.shape == result.shape:
+    if add is not None and other is not None and _same_shape(other, result):
         nodes, shortcut, result = [*nodes, add], other, add.outputs[0]
     relu = _only_user(result, "Relu")
     return [*nodes, relu] if relu else nodes, weight, bias, shortcut, relu is not None
+
+
+def _same_shape(one: ir.Value, other: ir.Value) -> bool:
+    """Whether the two are known to be; two sides that have no name may differ."""
+    if one.shape is None or other.shape is None or one.shape != other.shape:
+        return False
+    return all(isinstance(side, int) or side.value is not None for side in one.shape)
 
 
 def _replace_convolution(graph: ir.Graph, layer: _Layer) -> None:

@@ -99,8 +99,8 @@ class _Writer:
         else:
             x, real = self._blocks(stem), block_weight(real, stem)
             window = block_window()
-        weight, scale = _by_channel(real, axis=0)
         bias = numpy_helper.to_array(self._graph.constants[node.input[2]])
+        weight, scale = _by_channel(real, axis=0, least=_least_scale(bias, x))
         inputs = [
             *_names(x),
             *self._weight(node.name, weight, scale),
@@ -169,7 +169,8 @@ class _Writer:
         assert bias is not None  # of a hidden layer there is one
         addition, vector = bias
         x, made = self._as_integers(node.input[0]), self._twin(hidden)
-        weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=1)
+        least = _least_scale(numpy_helper.to_array(vector), x)
+        weight, scale = _by_channel(numpy_helper.to_array(self._graph.constants[node.input[1]]), axis=1, least=least)
         map_in, map_out = f"{made.name}:map", f"{made.name}:made"
         axis = self._constant(f"{node.name}:axis", np.array([2]))
         inputs = [
@@ -246,10 +247,8 @@ class _Writer:
         )
 
     def _bias(self, node: str, bias: NDArray[np.float32], scale: NDArray[np.float32]) -> str:
-        """A bias in the units of the sum it is added to."""
-        limits = np.iinfo(np.int32)
-        whole = np.clip(np.rint(bias.astype(np.float64) / scale), limits.min, limits.max)
-        return self._constant(f"{node}:bias", whole.astype(np.int32))
+        """A bias in the units of the sum it is added to; `_least_scale` has made room for it."""
+        return self._constant(f"{node}:bias", np.rint(bias.astype(np.float64) / scale).astype(np.int32))
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
         self._constants.append(numpy_helper.from_array(value, name))
@@ -260,10 +259,17 @@ def _names(twin: _Twin) -> tuple[str, str, str]:
     return twin.name, twin.scale, twin.zero_point
 
 
-def _by_channel(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights in -127..127 and a scale for each output channel, which `axis` counts."""
+def _least_scale(bias: NDArray[np.float32], x: _Twin) -> NDArray[np.float64]:
+    """Of each channel's weights: with a smaller one the bias would not fit into the 32 bits of the sum."""
+    return np.abs(bias.astype(np.float64)) / (float(x.real_scale) * 2**30)
+
+
+def _by_channel(
+    weight: NDArray[np.float32], axis: int, least: NDArray[np.float64] | float = 0.0
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Weights in -127..127 and a scale for each output channel, which `axis` counts; no scale is below `least`."""
     others = tuple(i for i in range(weight.ndim) if i != axis)
     largest = np.abs(weight).max(axis=others)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    scale = np.maximum(np.where(largest > 0, largest / 127, 1), least).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     return np.rint(weight / scale.reshape(shape)).astype(np.int8), scale

@@ -65,16 +65,17 @@ def compare(got: Answer, want: Expected, limits: Limits, detections: int, catego
     pairs = match(got, want, limits)
     cut = float(want.scores[detections - 1]) if len(want.scores) >= detections else -1.0
     # A score at the cut, or at the least that counts, may fall on either side of it.
-    due = want.scores > max(cut + limits.pair_score if len(want.scores) > detections else -1.0, limits.least_score)
+    least = min(limits.least_score, float(want.scores.max(initial=0.0)) / 2)  # there is always something to compare
+    due = want.scores > max(cut + limits.pair_score if len(want.scores) > detections else -1.0, least)
     due[detections:] = False
-    owed = got.scores > limits.least_score + (limits.pair_score if limits.least_score else -1.0)
+    owed = got.scores > least + (limits.pair_score if limits.least_score else -1.0)
     partner_of_got = np.full(len(got.scores), -1)
     partner_of_got[pairs[:, 0]] = pairs[:, 1]
     found_of_want = np.zeros(len(want.scores), bool)
     found_of_want[pairs[:, 1]] = True
     missing = int((due & ~found_of_want).sum())
     lonely = owed & (partner_of_got < 0)
-    counted = pairs[want.scores[pairs[:, 1]] >= limits.least_score]
+    counted = pairs[want.scores[pairs[:, 1]] >= least]
     box = np.abs(got.boxes[counted[:, 0]] - want.boxes[counted[:, 1]]).max(-1, initial=0.0)
     score = np.abs(got.scores[counted[:, 0]] - want.scores[counted[:, 1]])
     signature, fault = _signature(got, want, pairs)

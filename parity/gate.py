@@ -175,8 +175,16 @@ def typical(rows: Sequence[Row], figure: str) -> float:
 
 
 def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:
-    """A line for each figure whose median picture of a canvas and batch size, of three or more, is beyond its limit."""
+    """A line for each figure whose median picture of a canvas and batch size, of three or more, is beyond its limit; one
+    where most detections are not found at all.
+    """
     said: list[str] = []
+    compared, paired = (sum(getattr(row.figures, name) for row in rows) for name in ("compared", "paired"))
+    if paired < compared / 2:  # each picture may lack some, of few even all
+        said.append(
+            f"canvas {rows[0].canvas}, batch of {rows[0].batch_size}, all slots: found: {paired} of {compared} "
+            "detections, limit half of them"
+        )
     if len({row.picture for row in rows}) < 3:
         return said
     for name, words in FIGURE_NAMES.items():

@@ -206,6 +206,9 @@ def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
 
 
 if __name__ == "__main__":
+    if unknown := set(sys.argv[1:]) - {library.name for library in LIBRARIES}:
+        there = ", ".join(library.name for library in LIBRARIES)
+        sys.exit(f"{', '.join(sorted(unknown))}: there is no such library, only {there}")
     try:
         build(only=sys.argv[1:])
     except (OSError, subprocess.CalledProcessError) as error:

@@ -35,7 +35,7 @@ def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Pas
     """On the GPU, then on the CPU, as far as the settings allow either."""
     ways: list[Candidate | PassedOver] = []
     graphs = {"fp32": bundle.onnx_path, "int8": bundle.int8_path}
-    precision = "fp32" if settings.precision == "auto" else settings.precision
+    precision = "fp32" if settings.precision == "auto" or _stands_in(settings) else settings.precision
     graph = graphs.get(precision)
     for provider, name in _PROVIDERS.items():
         if not _allows(settings.device, provider):
@@ -52,8 +52,14 @@ def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Pas
             ways.append(PassedOver(name, "int8 needs a CPU with VNNI: without it sums of 8-bit products overflow"))
         else:
             on = settings.model_copy(update={"device": "cpu" if provider == _CPU else settings.device})
-            ways.append(Candidate(name, precision, partial(OnnxRuntimeEngine, bundle, on, graph, provider)))
+            opening = partial(OnnxRuntimeEngine, bundle, on, graph, provider)
+            ways.append(Candidate(name, precision, opening, source=f"{graph} by {provider}"))
     return ways
+
+
+def _stands_in(settings: Settings) -> bool:
+    """Whether it is to serve in float32 until a TensorRT engine in half has been built."""
+    return (settings.engine, settings.precision, settings.build_engine) == ("auto", "fp16", "background")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +164,9 @@ def _register(options: ort.SessionOptions, library: Path, *, for_cuda: bool) -> 
     if not for_cuda:
         options.register_custom_ops_library(str(library))
         return
-    choose = ctypes.CDLL(str(library)).msda_register_for_cuda  # of this thread
+    choose = getattr(ctypes.CDLL(str(library)), "msda_register_for_cuda", None)  # of this thread
+    if choose is None:
+        raise StartupError(f"{library} was built by an earlier release: python -m plugins.build")
     choose(1)
     try:
         options.register_custom_ops_library(str(library))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,26 @@ def test_a_canvas_without_a_proof_is_a_failure() -> None:
     proof = small_proof()
     report = run_gate(lambda i, s: answer(proof, i, s), proof, "fp32", (1,), [Canvas(height=64, width=64)])
     assert report.failures == ("canvas 64x64: canvas: the proof has none of this size, only 32x64",)
+
+
+@pytest.mark.parametrize("best", [0.9, 0.2])
+def test_in_integers_an_engine_that_finds_nothing_fails_where_little_is_to_be_found(best: float) -> None:
+    proof = small_proof()
+    (part,) = proof.canvases
+    # One strong detection a picture and the rest weak; with 0.2 there is not even that.
+    expected = tuple(
+        replace(want, scores=np.where(np.arange(len(want.scores)) == 0, best, 0.05).astype(np.float32))
+        for want in part.expected
+    )
+    proof = replace(proof, canvases=(replace(part, expected=expected),))
+    assert run_gate(lambda i, s: answer(proof, i, s), proof, "int8", (1, 2)).passed
+
+    def blind(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
+        boxes, scores, labels = answer(proof, images, sizes)
+        return boxes * 0, scores * 0, labels
+
+    report = run_gate(blind, proof, "int8", (1, 2))
+    assert any("all slots: found: 0 of" in line for line in report.failures), report.failures
 
 
 def test_nothing_compared_is_not_passed() -> None:
