@@ -101,7 +101,8 @@ def build_metrics_router(metrics: Metrics) -> APIRouter:
 
     @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=METRICS_RESPONSES)
     async def exposition() -> Response:
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE)
+        # Beside the loop: a GPU that fell off the bus holds whoever asks its driver.
+        return Response(await asyncio.to_thread(metrics.exposition), media_type=CONTENT_TYPE)
 
     return router
 

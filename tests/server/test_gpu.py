@@ -1,11 +1,22 @@
-"""GPU metrics, with a stand-in for the driver's library: present, absent, and refusing."""
+"""GPU metrics, with a stand-in for the driver's library: present, absent, refusing, and hanging."""
 
 import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from server import gpu
+from server.app import create_app
 from server.metrics import Metrics
+from server.settings import Settings
+from tests.server.fake_engine import FakeEngine
+from tests.server.live import live
+
+LONGEST_S = 20.0
 
 
 class NVMLError(Exception):
@@ -49,3 +60,73 @@ def test_each_gpu_that_answers_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_a_gpu_there_are_no_gpu_metrics(nvml: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert b"ddetr_gpu" not in Metrics().exposition()
+
+
+def test_a_driver_that_does_not_count_its_gpus_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = fake_nvml()
+
+    def count() -> int:
+        raise NVMLError("driver is being replaced")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetCount", count)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    text = Metrics().exposition().decode()
+    assert "ddetr_requests_in_flight 0.0" in text
+    assert 'gpu="' not in text
+
+
+class Hanging:
+    """Memory information that does not come until it is let go."""
+
+    def __init__(self, nvml: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = threading.Semaphore(0)
+        self.go_on = threading.Event()
+        self._info = nvml.nvmlDeviceGetMemoryInfo
+        monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", self._hang)
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+    def _hang(self, handle: int) -> object:
+        self.asked.release()
+        assert self.go_on.wait(LONGEST_S)
+        return self._info(handle)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    hanging = Hanging(fake_nvml(), monkeypatch)
+    yield hanging
+    hanging.go_on.set()
+
+
+def test_a_driver_that_hangs_holds_no_scrape_and_one_thread(hanging: Hanging, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LONGEST_READ_S", 0.01)
+    metrics = Metrics()
+    for _ in range(3):
+        text = metrics.exposition().decode()
+        assert "ddetr_requests_in_flight 0.0" in text
+        assert 'gpu="' not in text
+    assert hanging.asked.acquire(timeout=LONGEST_S)
+    assert not hanging.asked.acquire(blocking=False), "asked once: the others found it at work"
+    hanging.go_on.set()
+    monkeypatch.setattr(gpu, "LONGEST_READ_S", LONGEST_S)
+    assert 'ddetr_gpu_utilization_ratio{gpu="0"} 0.37' in metrics.exposition().decode()
+
+
+def test_whoever_asks_for_something_else_does_not_wait_for_the_driver(
+    hanging: Hanging, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LONGEST_READ_S", LONGEST_S)
+    with live(create_app(settings, FakeEngine())) as port, ThreadPoolExecutor(1) as scraper:
+
+        def get(path: str) -> str:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=LONGEST_S) as response:
+                return str(response.read().decode())
+
+        scrape = scraper.submit(get, "/metrics")
+        try:
+            assert hanging.asked.acquire(timeout=LONGEST_S)
+            assert get("/livez") == '{"status":"ok"}'
+            assert not scrape.done()
+        finally:
+            hanging.go_on.set()
+        assert 'ddetr_gpu_utilization_ratio{gpu="0"} 0.37' in scrape.result(LONGEST_S)
