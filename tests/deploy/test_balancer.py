@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from benchmarks.balancing import CONFIGURATION, balanced, haproxy
 from server.settings import Settings
@@ -102,19 +103,23 @@ def test_a_server_that_is_told_to_go_is_missed_by_nobody(tmp_path: Path) -> None
     assert min(outcomes.values()) >= 50
 
 
-def test_metrics_are_those_of_one_server_and_not_asked_for_here(tmp_path: Path) -> None:
+def test_what_is_one_servers_is_not_asked_for_here(tmp_path: Path) -> None:
+    """A swap through the balancer would be the swap of whichever server it came to."""
     bundle = write_tiny_bundle(tmp_path / "bundle").path
+    paths = ("/metrics", "/%6Detrics", "/admin/bundle", "/adm%69n/bundle", "/admin%2fbundle")
 
     async def statuses(url: str) -> list[int]:
         async with aiohttp.ClientSession() as session:
             found = []
-            for path in ("/readyz", "/metrics"):
-                async with session.get(url + path) as response:
+            for path in ("/readyz", *paths):
+                async with session.get(URL(url + path, encoded=True)) as response:
                     found.append(response.status)
             return found
 
     with servers(bundle, 2) as started, balanced(list(started), free_port()) as (url, _):
-        assert asyncio.run(statuses(url)) == [200, 404]
+        assert asyncio.run(statuses(url)) == [200] + [404] * len(paths)
+        itself = asyncio.run(statuses(f"http://127.0.0.1:{next(iter(started))}"))
+        assert itself == [200, 200, 200, 403, 403, 403], "the server knows them, however they are written"
 
 
 def test_the_balancer_waits_longer_than_the_server_and_looks_more_often_than_it_goes() -> None:
