@@ -28,7 +28,7 @@ class Contexts:
             config.set_execution_context_allocation_strategy(self._how)
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             self._compiled = config.create_runtime_cache()
-            if kernels is not None and kernels.is_file() and not self._compiled.deserialize(kernels.read_bytes()):
+            if (kept := _kept(kernels)) and not self._compiled.deserialize(kept):
                 logger.info("%s is of another GPU or version: kernels are compiled again", kernels)
             config.set_runtime_cache(self._compiled)
             self._how = config
@@ -69,6 +69,17 @@ class Contexts:
             why = log.reason() if not done else f"it misses the shapes of {', '.join(missing)}"
             raise EngineRefused(f"the engine does not take {dict(shapes)} in profile {profile}: {why}")
         return context
+
+
+def _kept(kernels: Path | None) -> bytes:
+    """What the file holds; nothing where there is none, or it cannot be read, which costs time alone."""
+    try:
+        return b"" if kernels is None else kernels.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        logger.warning("%s cannot be read, kernels are compiled again: %s", kernels, error.strerror or error)
+        return b""
 
 
 class Graphs:

@@ -56,7 +56,7 @@ def open_on(
         raise EngineRefused(f"{flavour} {trt.__version__} makes no runtime: {log.reason()}")
     _load_plugin(runtime, log, flavour, trt.__version__, plugin)
     log.errors.clear()
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    engine = runtime.deserialize_cuda_engine(_content(path))
     if engine is None:
         built = f", built with {built_with}," if built_with else ""
         raise EngineRefused(
@@ -65,6 +65,13 @@ def open_on(
         )
     name = f"{flavour} {trt.__version__} on cuda:{gpu.index} ({gpu.name}, {gpu.arch})"
     return TensorRTSession(engine, trt, cuda, gpu.index, name=name, graphs=graphs, kernels=kernels)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineRefused(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _load_plugin(runtime: Any, log: Any, flavour: str, version: str, plugin: Path | None) -> None:

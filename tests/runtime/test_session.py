@@ -244,6 +244,14 @@ def test_kernels_that_cannot_be_kept_are_no_error(
     assert ("are not kept" in caplog.text) == hasattr(trt, "IRuntimeCache")
 
 
+def test_kernels_that_cannot_be_read_are_compiled_again(
+    open_session: Open, trt: FakeTrt, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kernels.bin").mkdir()
+    open_session(kernels=tmp_path / "kernels.bin").infer(*batch(1, 2))
+    assert ("kernels.bin cannot be read, kernels are compiled again" in caplog.text) == hasattr(trt, "IRuntimeCache")
+
+
 def test_answers_are_the_callers_own(open_session: Open) -> None:
     session = open_session()
     first = session.infer(*batch(1, 2))

@@ -38,6 +38,13 @@ def test_an_engine_of_another_version_says_both(cuda: FakeCuda, tmp_path: Path) 
     )
 
 
+def test_a_file_that_cannot_be_read(cuda: FakeCuda, tmp_path: Path) -> None:
+    path = tmp_path / "folder.engine"
+    path.mkdir()
+    with pytest.raises(EngineRefused, match=r"folder\.engine cannot be read: Is a directory"):
+        open_on(GPU, path, "tensorrt", FakeTrt(cuda), cuda, tmp_path / "p.so")
+
+
 def test_a_plugin_that_was_not_built(cuda: FakeCuda, tmp_path: Path) -> None:
     path = Plan().write(tmp_path / "model.engine")
     with pytest.raises(PluginRefused, match=r"was not built: it needs nvcc .* \(python -m plugins.build\)"):
