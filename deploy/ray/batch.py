@@ -51,7 +51,7 @@ _SAY_EVERY_S = 5.0
 def run(args: argparse.Namespace, settings: Settings, options: DetectOptions, bundle: Bundle) -> int:
     """Write what is missing; 0 if nothing is missing then, else 1."""
     source, output = Store(args.input), Store(args.output)
-    plan = open_plan(source, output, asked(args, options, bundle), args.shard_images)
+    plan = open_plan(source, output, asked(args, settings, options, bundle), args.shard_images)
     pending = plan.pending(output)
     print(f"{len(plan.paths)} pictures in {len(plan)} shards, {len(plan) - len(pending)} of them written", flush=True)
     started_s, done, total = time.monotonic(), 0, sum(len(shard.paths) for shard in pending)
@@ -88,13 +88,15 @@ def run(args: argparse.Namespace, settings: Settings, options: DetectOptions, bu
     return summary(args, output, plan, bundle)
 
 
-def asked(args: argparse.Namespace, options: DetectOptions, bundle: Bundle) -> dict[str, Any]:
+def asked(args: argparse.Namespace, settings: Settings, options: DetectOptions, bundle: Bundle) -> dict[str, Any]:
     """What the results depend on, for the plan."""
     manifest = bundle.manifest
     return {
         "input": args.input,
         "model": f"{manifest.model.name} {manifest.model.version}",
         "onnx_sha256": manifest.hashes["onnx"],
+        "engine": settings.engine,
+        "precision": settings.precision,
         "threshold": options.threshold,
         "max_detections": options.max_detections,
         "classes": options.classes,

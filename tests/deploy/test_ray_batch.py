@@ -25,7 +25,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from benchmarks.ray_serving import ray_environment
 from bundle import Bundle
-from deploy.ray.batch import parser, run
+from deploy.ray.batch import asked, parser, run
 from deploy.ray.decode import BATCH, UNREACHABLE, Decode, ahead, unpack
 from deploy.ray.infer import ENGINE_LOST, RESULT, Infer
 from deploy.ray.plan import Plan, PlanMismatch, Shard, open_plan
@@ -241,6 +241,19 @@ def test_a_run_goes_on_only_with_the_same_question(tmp_path: Path) -> None:
     assert open_plan(source, output, {"threshold": 0.5}, 2) == plan, "planned once: ids do not move"
     with pytest.raises(PlanMismatch, match=r"holds a run with threshold 0\.5, and this one has 0\.3"):
         open_plan(source, output, {"threshold": 0.3}, 2)
+
+
+@pytest.mark.parametrize("other", [{"precision": "int8"}, {"engine": "onnxruntime"}])
+def test_a_run_goes_on_only_with_the_same_engine_and_precision(
+    tmp_path: Path, bundle: Bundle, other: dict[str, Any]
+) -> None:
+    draw(tmp_path / "pictures", 1)
+    source, output = Store(str(tmp_path / "pictures")), Store(str(tmp_path / "found"))
+    args = parser().parse_args(["--input", "pictures", "--output", "found"])
+    options = DetectOptions(threshold=0.05)
+    open_plan(source, output, asked(args, Settings(bundle=bundle.path), options, bundle), 2)
+    with pytest.raises(PlanMismatch, match=f"holds a run with {next(iter(other))} 'auto'"):
+        open_plan(source, output, asked(args, Settings(bundle=bundle.path, **other), options, bundle), 2)
 
 
 def test_an_input_without_pictures_is_said(tmp_path: Path) -> None:
