@@ -42,7 +42,12 @@ class SwapRequest(BaseModel):
         ),
     ]
     shadow_percent: Annotated[
-        float, Field(ge=0, le=100, description="of the live pictures that are shown to it first; 0: none")
+        float,
+        Field(
+            ge=0,
+            le=100,
+            description="of the live pictures that are shown to it first, 16 MiB or less once decoded; 0: none",
+        ),
     ] = 0.0
     shadow_seconds: Annotated[
         float, Field(gt=0, le=_LONGEST_TRIAL_S, allow_inf_nan=False, description="for how long")

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from server.batch_queue import Batch, BatchQueue, Entry, Inferred, Priority
 from server.engine import Engine, OpenEngine
@@ -146,10 +147,10 @@ class Batcher:
         """From now on batches leave because of the drain. Images are still taken: their requests are under way."""
         self._draining = True
 
-    async def close(self, patience_s: float = 0.0) -> None:
+    async def close(self, patience_s: float = 0.0) -> list[Future[None]]:
         """Fail what is left (nothing, if all requests were waited for), and let the engines go.
 
-        Waits for up to `patience_s` until they have given back what they hold.
+        Waits for up to `patience_s` until they have given back what they hold; a future is of one that has not yet.
         """
         self._closed = True
         for entry in self._queue.drop_expired(float("inf")):
@@ -159,6 +160,7 @@ class Batcher:
             done, _ = await asyncio.wait([asyncio.wrap_future(each) for each in closed], timeout=patience_s)
             for error in filter(None, (each.exception() for each in done)):
                 logger.warning("an engine could not be closed: %s: %s", type(error).__name__, error)
+        return [each for each in closed if not each.done()]
 
     @property
     def _busy(self) -> bool:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from bundle import BundleError, ModelName
-from server.errors import PathForbidden, StartupError
+from server.errors import ParityFailed, PathForbidden, StartupError
 from server.gate import Verdict
 from server.served import LEAST_FAILURES, Opened, Served
 from server.service import Service
-from server.shadow import Comparison, Shadow
+from server.shadow import MOST_BYTES, Comparison, Shadow
 from server.worker import Worker
 
 Cause = Literal["request", "signal", "watch", "build"]
@@ -26,7 +26,7 @@ STOPPING = "the server is stopping"
 _LOOK_S = 0.1  # between two looks at what may end a step early
 _REST_S = 10.0  # longest that a shadow's last picture may take
 _MOST_HANGING = 3
-"""Openings that may hang at once; their memory is lost until the process ends."""
+"""Openings and engines that may hang at once; their memory is lost until the process ends."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Swap:
     shadow: Comparison | None = None
     began_at: float = field(default_factory=time.time)  # seconds since 1970
     ended_at: float | None = None
+    wrong_answers: bool = False  # of an engine: that is why
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def content(self) -> dict[str, Any]:
@@ -75,6 +76,10 @@ class Rejected(Exception):
     """The new bundle is not promoted; the message says why."""
 
 
+class WrongAnswers(Rejected):
+    """... an engine of it was held against its proof, and failed."""
+
+
 class _Hangs(Rejected):
     """... and its engine cannot be closed."""
 
@@ -92,7 +97,7 @@ class Promotion:
         self._service = service
         self._settings = service.settings
         self._open_bundle = open_bundle
-        self._hanging: list[Worker] = []
+        self._hanging: list[Future[Any]] = []  # done when what hangs has come to its end
 
     async def run(self, swap: Swap, path: Path, root: Path | None) -> None:
         """See a swap through, to what the folder `path` leads to; if there is a `root`, below that.
@@ -125,9 +130,9 @@ class Promotion:
         swap.state = "promoted" if swap.reason is None else "rolled_back"
 
     async def _open(self, path: Path, root: Path | None) -> Opened:
-        self._hanging = [worker for worker in self._hanging if worker.alive]
+        self._hanging = [each for each in self._hanging if not each.done()]
         if len(self._hanging) >= _MOST_HANGING:
-            raise Rejected(f"{len(self._hanging)} openings hang, and hold their memory; restart the server")
+            raise Rejected(f"{len(self._hanging)} openings or engines hang, and hold their memory; restart the server")
         worker = Worker("bundle")
         opening = worker.submit(_open_within, self._open_bundle, path, root)
         worker.stop()
@@ -135,26 +140,37 @@ class Promotion:
         try:
             await self._in_time(waiting, "opening it")
         except BaseException:
-            self._hanging.append(worker)
+            self._hanging.append(opening)
             waiting.add_done_callback(_forget)
             opening.add_done_callback(_close_late)
             raise
         try:
             return waiting.result()
+        except ParityFailed as error:
+            raise WrongAnswers(_explain(str(error))) from error
         except (BundleError, StartupError, PathForbidden) as error:
             raise Rejected(_explain(str(error))) from error
         except Exception as error:
             raise Rejected(_explain(f"{type(error).__name__}: {error}")) from error
 
     def _check(self, opened: Opened) -> None:
-        """A start may fall back to a slower engine, for there is nothing else; a swap may not."""
-        if any(each.passed_over for each in self._service.served.verdicts):
-            return  # what is in service has fallen back itself
+        """A start may fall back to a slower engine, or one without a proof, for there is nothing else; a swap may not.
+
+        What is in service may have fallen back itself. Where engines are built in the background one that cannot be
+        opened here is no reason: it will be built.
+        """
+        served = self._service.served.verdicts
         for verdict in opened.verdicts:
-            if verdict.passed_over:
+            stands_in = f"{verdict.engine} could stand in, but what serves now is better"
+            if verdict.result == "no proof" and any(each.result == "passed" for each in served):
                 raise Rejected(
-                    f"{'; '.join(verdict.passed_over)}; {verdict.engine} could stand in, but what serves now is better"
+                    f"{opened.path} carries no proof that its answers are right, and what serves now has passed: "
+                    "export it anew, or start the server with --no-gate"
                 )
+            if verdict.passed_over and not any(each.passed_over for each in served):
+                raise WrongAnswers(f"{'; '.join(verdict.passed_over)}; {stands_in}")
+            if self._settings.build_engine == "never" and _worse(verdict, served):
+                raise Rejected(f"{'; '.join(verdict.unavailable)}; {stands_in}")
 
     async def _try(self, swap: Swap, opened: Opened) -> None:
         trial = swap.trial
@@ -171,11 +187,17 @@ class Promotion:
             at_rest = shadow.stop()
             await asyncio.wait([asyncio.wrap_future(at_rest)], timeout=_REST_S)
             if not at_rest.done():
+                self._hanging.append(at_rest)
                 at_rest.add_done_callback(lambda _: opened.close())
                 raise _Hangs("its engine hangs on a live picture")
         swap.shadow = seen = shadow.so_far
         if self._fails(seen):
             raise Rejected(f"its engine failed on {seen.failed} of {seen.failed + seen.compared} live pictures")
+        if not seen.compared:
+            raise Rejected(
+                f"no live picture was compared: {seen.dropped} dropped (it was busy, or they take more than "
+                f"{MOST_BYTES >> 20} MiB), {seen.failed} failed; try for longer, or with more percent"
+            )
         if seen.agreement < trial.least_agreement:
             raise Rejected(
                 f"over {seen.compared} live pictures its answers agree with those in service to {seen.agreement:.3f}, "
@@ -194,7 +216,7 @@ class Promotion:
             self._go_on()
         except BaseException as error:
             warming.cancel()
-            await new.batcher.close()
+            self._hanging += await new.batcher.close()
             if isinstance(error, Exception) and not isinstance(error, Rejected):
                 raise Rejected(_explain(f"its engine fails: {type(error).__name__}: {error}")) from error
             raise
@@ -234,6 +256,19 @@ def _open_within(open_bundle: Callable[[Path], Opened], path: Path, root: Path |
     if root is not None:
         check_within(place, root.resolve(), path)
     return open_bundle(place)
+
+
+def _worse(verdict: Verdict, served: Sequence[Verdict]) -> bool:
+    """Whether better engines could not be opened, and what serves has no such lack, or a lesser one."""
+    if not verdict.unavailable or any(each.result == "not asked" for each in served):
+        return False
+    if not any(each.unavailable for each in served):
+        return True
+    return _on_onnx_runtime(verdict) and not any(map(_on_onnx_runtime, served))
+
+
+def _on_onnx_runtime(verdict: Verdict) -> bool:
+    return verdict.engine.startswith("onnxruntime")
 
 
 def _explain(reason: str) -> str:

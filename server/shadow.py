@@ -21,7 +21,7 @@ all pairs would fall apart."""
 _LEAST_IOU = 0.5
 
 _MOST_WAITING = 4
-_MOST_BYTES = 16 << 20  # of a picture in memory; larger ones are not shown
+MOST_BYTES = 16 << 20  # of a picture in memory; larger ones are not shown
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Copy:
 
     def keep(self, picture: Pixels) -> None:
         """The picture, decoded; any thread."""
-        if picture.nbytes <= _MOST_BYTES:
+        if picture.nbytes <= MOST_BYTES:
             self._picture = picture
 
     def show(self, given: RawImageDetections, categories: Mapping[int, str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from bundle import BundleError
 from bundle.reader import MANIFEST_FILE, read_manifest
 from server.errors import Draining, PathForbidden, SwapInProgress
-from server.promote import STOPPING, Cause, Promotion, Rejected, Trial, check_within
+from server.promote import STOPPING, Cause, Promotion, Rejected, Trial, WrongAnswers, check_within
 from server.promote import Swap as Swap
 from server.served import Opened
 from server.service import Service
@@ -127,7 +127,7 @@ class Swaps:
         try:
             await self._promotion.run(swap, path, root)
         except Rejected as error:
-            swap.state, swap.reason = "rejected", str(error)
+            swap.state, swap.reason, swap.wrong_answers = "rejected", str(error), isinstance(error, WrongAnswers)
         except asyncio.CancelledError:
             if swap.state in ("watched", "retiring"):
                 swap.state = "promoted" if swap.reason is None else "rolled_back"

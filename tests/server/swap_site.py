@@ -13,7 +13,7 @@ import pytest
 from bundle import Manifest, ModelName
 from server.app import create_app
 from server.engine import Engine
-from server.gate import Verdict
+from server.gate import Result, Verdict
 from server.metrics import Metrics
 from server.served import Opened
 from server.settings import Settings
@@ -42,6 +42,9 @@ class Bundles:
         self.gate.set()
         self.entered = threading.Semaphore(0)
         self.passed_over: tuple[str, ...] = ()
+        self.engine = "fake"
+        self.unavailable: tuple[str, ...] = ()
+        self.result: Result = "passed"
 
     def __call__(self, settings: Settings, path: Path, metrics: Metrics, gate_seconds: float) -> Opened:
         version = path.name
@@ -57,7 +60,7 @@ class Bundles:
             self.count += 1
             return engine
 
-        verdict = Verdict("fake", "passed", "fp32", passed_over=self.passed_over)
+        verdict = Verdict(self.engine, self.result, "fp32", passed_over=self.passed_over, unavailable=self.unavailable)
         return Opened([open_one()], [open_one], path, (verdict,))
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import httpx2
 import numpy as np
 import pytest
+from PIL import Image
 
 from bundle import ResizeRule, canvases_for
 from server.engine import RawDetections, RawImageDetections
@@ -257,6 +258,41 @@ def test_an_engine_that_hangs_on_a_live_picture_holds_nobody_up(clock: Clock, mo
         assert not engine.closed
         engine.gate.set()
         await site.until(lambda: engine.closed)
+
+    run(test)
+
+
+def test_engines_that_hang_in_a_trial_are_counted(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.promote._REST_S", 0.05)
+
+    async def test(site: SwapSite) -> None:
+        for version in ("8", "9", "10"):
+            swapping = site.swap(f"/bundles/{version}", shadow_percent=100, shadow_seconds=60)
+            await site.until(lambda: site.service.shadow is not None)
+            site.bundles.opened[version].gate.clear()
+            assert await site.version() == FIRST
+            clock.now_s += 61
+            assert "its engine hangs on a live picture" in (await swapping).text
+        assert "3 openings or engines hang" in (await site.swap("/bundles/11")).text
+        site.bundles.release()
+        await site.until(lambda: all(site.bundles.opened[version].closed for version in ("8", "9", "10")))
+        assert (await site.swap("/bundles/11")).status_code == 200
+
+    run(test)
+
+
+def test_a_trial_in_which_nothing_was_compared_promotes_nothing(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = site.swap("/bundles/8", shadow_percent=100, shadow_seconds=60, min_agreement=0)
+        await site.until(lambda: site.service.shadow is not None)
+        large = encode(Image.new("RGB", (2400, 2400)))
+        assert (await site.post(large)).status_code == 200
+        clock.now_s = 61
+        response = await swapping
+        assert response.status_code == 422
+        assert "no live picture was compared: 1 dropped (it was busy, or they take more than 16 MiB)" in response.text
+        assert site.bundles.opened["8"].closed
+        assert await site.version() == FIRST
 
     run(test)
 

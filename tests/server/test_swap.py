@@ -8,6 +8,7 @@ import pytest
 
 from bundle import HashMismatch, ResizeRule, canvases_for
 from server.errors import ParityFailed
+from server.gate import Verdict
 from server.swap import Swap
 from tests.server.fake_engine import MANIFEST, FakeEngine
 from tests.server.pictures import RED, encode, poison, rectangle
@@ -135,6 +136,54 @@ def test_a_swap_does_not_fall_back_unless_what_is_in_service_has() -> None:
     run(test)
 
 
+NO_ENGINE = "tensorrt: the bundle has no engine (ddetr build adds one)"
+
+
+@pytest.mark.parametrize(
+    ("served", "status"),
+    [
+        (Verdict("tensorrt 10.14 on cuda:0", "passed"), 422),
+        (Verdict("tensorrt 10.14 on cuda:0", "passed", unavailable=("tensorrt a.engine: too small",)), 422),
+        (Verdict("onnxruntime on cpu", "passed", unavailable=("tensorrt: no GPU",)), 200),
+    ],
+)
+def test_a_swap_takes_no_slower_kind_because_the_better_one_does_not_open(served: Verdict, status: int) -> None:
+    async def test(site: SwapSite) -> None:
+        site.service.served.opened.verdicts = (served,)
+        site.bundles.engine, site.bundles.unavailable = "onnxruntime on cpu", (NO_ENGINE,)
+        answer = await site.swap("/bundles/8")
+        assert answer.status_code == status
+        assert await site.version() == (FIRST if status == 422 else "8")
+        if status == 422:
+            assert f"{NO_ENGINE}; onnxruntime on cpu could stand in" in answer.json()["error"]["message"]
+
+    run(test)
+
+
+def test_an_engine_that_will_be_built_is_not_missed() -> None:
+    async def test(site: SwapSite) -> None:
+        site.service.served.opened.verdicts = (Verdict("tensorrt 10.14 on cuda:0", "passed"),)
+        site.bundles.engine, site.bundles.unavailable = "onnxruntime on cpu", (NO_ENGINE,)
+        assert (await site.swap("/bundles/8")).status_code == 200
+
+    run(test, build_engine="background")
+
+
+def test_a_bundle_without_a_proof_takes_no_proven_ones_place() -> None:
+    async def test(site: SwapSite) -> None:
+        assert (await site.swap("/bundles/8")).status_code == 200
+        site.bundles.result = "no proof"
+        refused = await site.swap("/bundles/9")
+        assert refused.status_code == 422
+        assert "/bundles/9 carries no proof" in refused.json()["error"]["message"]
+        assert "--no-gate" in refused.json()["error"]["message"]
+        assert await site.version() == "8"
+        site.service.served.opened.verdicts = (Verdict("fake", "no proof"),)
+        assert (await site.swap("/bundles/9")).status_code == 200
+
+    run(test)
+
+
 def test_one_at_a_time() -> None:
     async def test(site: SwapSite) -> None:
         site.bundles.gate.clear()
@@ -188,9 +237,9 @@ def test_after_three_openings_that_hang_there_is_no_fourth() -> None:
             assert (await site.swap("/bundles/8")).status_code == 422
         refused = await site.swap("/bundles/8")
         assert refused.status_code == 422
-        assert "3 openings hang" in refused.json()["error"]["message"]
+        assert "3 openings or engines hang" in refused.json()["error"]["message"]
         site.bundles.gate.set()
-        await site.until(lambda: not any(worker.alive for worker in site.swaps._promotion._hanging))
+        await site.until(lambda: not any(not each.done() for each in site.swaps._promotion._hanging))
         assert (await site.begin("/bundles/8")).status_code == 202
 
     run(test, swap_timeout_seconds=0.1)
@@ -206,6 +255,22 @@ def test_an_engine_that_hangs_when_it_is_warmed_is_given_up() -> None:
         await site.until(lambda: site.bundles.opened["8"].closed)
 
     run(test, swap_timeout_seconds=1)
+
+
+def test_engines_that_hang_when_they_are_warmed_are_counted_too() -> None:
+    async def test(site: SwapSite) -> None:
+        for version in ("8", "9", "10"):
+            site.bundles.on_open[version] = lambda engine: engine.gate.clear()
+            assert "warming it takes longer" in (await site.swap(f"/bundles/{version}")).json()["error"]["message"]
+        assert "3 openings or engines hang" in (await site.swap("/bundles/11")).json()["error"]["message"]
+        assert "11" not in site.bundles.opened
+        site.bundles.release()
+        await site.until(lambda: all(site.bundles.opened[version].closed for version in ("8", "9", "10")))
+        assert (await site.begin("/bundles/11")).status_code == 202
+        await site.until(lambda: not site.swaps.busy)
+        assert "11" in site.bundles.opened
+
+    run(test, swap_timeout_seconds=0.5)
 
 
 def test_a_server_that_drains_swaps_no_more() -> None:
