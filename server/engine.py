@@ -85,6 +85,8 @@ class Candidate:
     name: str
     precision: str  # whose limits its answers are held to: "fp32", "tf32", "fp16" or "int8"
     open: OpenEngine  # raises StartupError
+    source: str = ""  # what it opens: answers by the same source are as right on another device of its kind
+    needs_proof: bool = False  # it was built: the graph alone says nothing of its answers
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ddetr.gate")
 
 _SHOWN_FAILURES = 3
-_ONNX_RUNTIME = {"engine": "onnxruntime"}
+_ONNX_RUNTIME = {"engine": "onnxruntime", "precision": "auto"}  # one asked for may have no graph, or a wrong one
 
 Result = Literal["passed", "no proof", "off", "not asked"]
 """Of an engine in service; "not asked": it was handed over as an object."""
@@ -54,20 +54,41 @@ class Proven:
     verdict: Verdict
 
 
-def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: float | None = None) -> Proven:
+def open_proven(
+    settings: Settings,
+    bundle: Bundle,
+    metrics: Metrics,
+    seconds: float | None = None,
+    compared: set[tuple[str, str]] | None = None,
+) -> Proven:
     """The best engine for `bundle` that opens on this machine and answers right.
 
-    `seconds` as for `prove`; by default the settings' `gate_seconds`. Raises StartupError where nothing opens, and its
-    kind ParityFailed where an engine's answers are wrong and the settings refuse others, or those of all are wrong.
+    `seconds` as for `prove`; by default the settings' `gate_seconds`. `compared`: source and precision of engines that
+    had that time, so that more of their kind need none; this one's is put there. A TensorRT engine without a proof
+    counts as wrong. Raises StartupError where nothing opens, and its kind ParityFailed where an engine's answers are
+    wrong and the settings refuse others, or those of all are wrong.
     """
     proof = _read_proof(settings, bundle)
     seconds = settings.gate_seconds if seconds is None else seconds
+    compared = set() if compared is None else compared
     unavailable = list(passed_over(settings, bundle))
     for why in unavailable:
         logger.info("passed over %s", why)
     wrong: list[str] = []
     closed: list[str] = []
+
+    def refuse(candidate: Candidate, name: str, error: ParityFailed) -> None:
+        metrics.parity_failures.labels(candidate.name).inc()
+        wrong.append(f"{name}: {error}")
+        logger.error("not served: %s", wrong[-1])
+        if settings.on_parity_failure == "refuse":
+            raise ParityFailed(f"{wrong[-1]} (on_parity_failure=fallback would try the next engine)") from error
+
     for candidate in _in_turn(settings, bundle, wrong):
+        if candidate.needs_proof and proof is None and settings.gate:
+            unproven = ParityFailed(f"{bundle.path} carries no proof of its answers: export it anew, or set --no-gate")
+            refuse(candidate, candidate.name, unproven)
+            continue
         try:
             engine = candidate.open()
         except StartupError as error:
@@ -75,22 +96,21 @@ def open_proven(settings: Settings, bundle: Bundle, metrics: Metrics, seconds: f
             closed.append(str(error))
             unavailable.append(f"{candidate.name}: {error}")
             continue
+        kind = (candidate.source or candidate.name, candidate.precision)
         try:
             if proof is None:
                 verdict = Verdict(engine.name, "no proof" if settings.gate else "off", candidate.precision)
             else:
-                verdict = prove(engine, proof, candidate.precision, settings.max_batch_size, seconds)
+                limit_s = 0.0 if kind in compared else seconds
+                verdict = prove(engine, proof, candidate.precision, settings.max_batch_size, limit_s)
         except ParityFailed as error:
             engine.close()
-            metrics.parity_failures.labels(candidate.name).inc()
-            wrong.append(f"{engine.name}: {error}")
-            logger.error("not served: %s", wrong[-1])
-            if settings.on_parity_failure == "refuse":
-                raise ParityFailed(f"{wrong[-1]} (on_parity_failure=fallback would try the next engine)") from error
+            refuse(candidate, engine.name, error)
             continue
         except BaseException:
             engine.close()
             raise
+        compared.add(kind)
         if verdict.result == "passed":
             logger.info("%s: %d answers are right, in %.1f s", engine.name, verdict.compared, verdict.seconds)
         elif settings.gate:
@@ -167,14 +187,14 @@ def _in_turn(settings: Settings, bundle: Bundle, wrong: Sequence[str]) -> Iterat
     """The settings' engines; once one is found `wrong`, ONNX Runtime, too, whatever they ask for."""
     tried = set()
     for candidate in candidates(settings, bundle):
-        tried.add(candidate.name)
+        tried.add((candidate.name, candidate.precision))
         yield candidate
     for device in (settings.device, "cpu"):
         if wrong:
             with suppress(StartupError):  # there is none
                 for candidate in candidates(settings.model_copy(update=_ONNX_RUNTIME | {"device": device}), bundle):
-                    if candidate.name not in tried:
-                        tried.add(candidate.name)
+                    if (candidate.name, candidate.precision) not in tried:
+                        tried.add((candidate.name, candidate.precision))
                         yield candidate
 
 

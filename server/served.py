@@ -40,12 +40,13 @@ class Opened:
 def open_bundle(settings: Settings, path: Path, metrics: Metrics, gate_seconds: float) -> Opened:
     """The settings' engines for the bundle in folder `path`, proven. Raises BundleError or StartupError.
 
-    The first engine has `gate_seconds` to be compared in; for the others, and for one that takes a lost one's place,
-    one picture a canvas is enough: they are of the same files.
+    The first engine of a file has `gate_seconds` to be compared in; for the others, and for one that takes a lost one's
+    place, one picture a canvas is enough.
     """
     path = path.resolve()  # what a link leads to later is another bundle
     bundle = read_bundle(path)
     places = placements(settings)
+    compared: set[tuple[str, str]] = set()
 
     def reopen(number: int) -> Engine:
         proven = open_proven(places[number], read_bundle(path), metrics, seconds=0.0)
@@ -55,7 +56,7 @@ def open_bundle(settings: Settings, path: Path, metrics: Metrics, gate_seconds: 
     opened = Opened([], [partial(reopen, number) for number in range(len(places))], path)
     try:
         for place in places:
-            proven = open_proven(place, bundle, metrics, seconds=0.0 if opened.engines else gate_seconds)
+            proven = open_proven(place, bundle, metrics, gate_seconds, compared)
             opened.engines = [*opened.engines, proven.engine]
             opened.verdicts = (*opened.verdicts, proven.verdict)
     except BaseException:

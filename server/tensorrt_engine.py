@@ -8,7 +8,8 @@ from pathlib import Path
 
 import plugins
 from bundle import Bundle, Canvas, EngineMismatch, EngineRecord, Manifest, find_engine
-from runtime import Answer, Gpu, RuntimeUnavailable, Staged, TensorRTSession, gpus, open_tensorrt
+from runtime import Answer, Gpu, NotInstalled, RuntimeUnavailable, Staged, TensorRTSession, gpus, open_tensorrt
+from runtime.flavour import load_flavour
 from runtime.session import MOST_PROGRAMS
 from server.engine import Candidate, PassedOver, RawDetections
 from server.engine_cache import EngineCache, NoRecipe, recipe_for
@@ -43,15 +44,34 @@ def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Passed
             why = why or str(error)
             continue
         name = f"tensorrt {record.file} on cuda:{gpu.index}"
-        refusal = _too_small(record, bundle.manifest, settings.max_batch_size)
+        refusal = _of_another_version(record) or _too_small(record, bundle.manifest, settings.max_batch_size)
         if refusal:
             ways.append(PassedOver(name, refusal))
         else:
-            path = bundle.path / record.file
-            ways.append(Candidate(name, record.exactness, partial(TensorRTEngine, bundle, settings, record, gpu, path)))
+            ways.append(_candidate(name, bundle, settings, record, gpu, bundle.path / record.file))
     if builds and not any(isinstance(way, Candidate) for way in ways):
         ways.append(_built(settings, bundle, gpu))
     return ways or [PassedOver("tensorrt", why)]
+
+
+def _candidate(name: str, bundle: Bundle, settings: Settings, record: EngineRecord, gpu: Gpu, path: Path) -> Candidate:
+    opening = partial(TensorRTEngine, bundle, settings, record, gpu, path)
+    return Candidate(name, record.exactness, opening, source=f"{path} on {gpu.arch}", needs_proof=True)
+
+
+def _of_another_version(record: EngineRecord) -> str:
+    """Why the installed TensorRT does not take an engine, as far as its record tells; empty where it may.
+
+    It takes engines of its own major and minor version; `ddetr build` makes none that are compatible with others.
+    """
+    try:
+        installed = str(load_flavour(record.flavour).__version__)
+    except NotInstalled as error:
+        return str(error)
+    built_with = record.built_with.get(record.flavour, installed)
+    if built_with.split(".")[:2] == installed.split(".")[:2]:
+        return ""
+    return f"it was built with {record.flavour} {built_with}, and {installed} is installed: build it again"
 
 
 def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOver:
@@ -64,7 +84,7 @@ def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOv
         return PassedOver("tensorrt", f"none is built for {gpu.name} ({gpu.arch}) yet")
     record, path = kept
     name = f"tensorrt {record.file}, built here, on cuda:{gpu.index}"
-    return Candidate(name, record.exactness, partial(TensorRTEngine, bundle, settings, record, gpu, path))
+    return _candidate(name, bundle, settings, record, gpu, path)
 
 
 class TensorRTEngine:

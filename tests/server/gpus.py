@@ -54,11 +54,14 @@ def installed(monkeypatch: pytest.MonkeyPatch, *arch: str) -> Iterator[Gpus]:
     monkeypatch.setattr("server.tensorrt_engine.gpus", lambda: gpus.gpus)
     monkeypatch.setattr("runtime.gpus", lambda: gpus.gpus)
     monkeypatch.setattr("server.tensorrt_engine.open_tensorrt", gpus.open)
+    monkeypatch.setattr("server.tensorrt_engine.load_flavour", lambda flavour: gpus.trt[flavour])
     yield gpus
     assert gpus.cuda.violations == []
 
 
-def engine_record(file: str, content: Path, most: int = 4, canvases: tuple[Canvas, ...] = CANVASES) -> EngineRecord:
+def engine_record(
+    file: str, content: Path, most: int = 4, canvases: tuple[Canvas, ...] = CANVASES, version: str = "10.14"
+) -> EngineRecord:
     """Of an engine's file named as bundles name them: flavour, architecture, precision."""
     flavour, arch, precision = file.removesuffix(".engine").rsplit("-", 2)
     return EngineRecord(
@@ -67,18 +70,21 @@ def engine_record(file: str, content: Path, most: int = 4, canvases: tuple[Canva
         arch=arch,
         precision=precision,
         sha256=sha256_of(content),
-        built_with={flavour: "10.14"},
+        built_with={flavour: version},
         profiles=tuple(EngineProfile(canvas=each, typical_batch_size=1, max_batch_size=most) for each in canvases),
     )
 
 
-def bundle_with(folder: Path, *files: str, plan: Plan | None = None, most: int = 4) -> Bundle:
+def bundle_with(
+    folder: Path, *files: str, plan: Plan | None = None, most: int = 4, version: str = "10.14", proof: bytes = b""
+) -> Bundle:
     """A bundle of the tiny network with engines of these names; each finds what is bright, as the fake engine does."""
     profiles = tuple((canvas.height, canvas.width, most) for canvas in reversed(CANVASES))
     plan = plan or Plan(profiles=profiles)
     with tempfile.TemporaryDirectory() as temporary:
         path = plan.write(Path(temporary) / "engine")
-        records = tuple(engine_record(file, path, most) for file in files)
+        records = tuple(engine_record(file, path, most, version=version) for file in files)
         manifest = MANIFEST.model_copy(update={"engines": records})
         content: dict[str, Path | bytes] = {"model.onnx": tiny_model().SerializeToString()}
+        content |= {"proof.npz": proof} if proof else {}
         return write_bundle(folder, manifest, content | dict.fromkeys(files, path))

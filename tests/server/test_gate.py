@@ -199,6 +199,24 @@ def test_an_engine_that_was_asked_for_by_name_and_does_not_open_falls_back_to_no
     assert kinds.asked == [("tensorrt", "auto")]
 
 
+def test_the_float_graph_stands_in_whatever_precision_was_asked_for_and_is_wrong(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only(settings: Settings, bundle: Bundle) -> list[Candidate]:
+        if settings.precision == "fp16" and settings.engine == "onnxruntime":
+            raise StartupError("the bundle has no graph of precision fp16 for it")
+        precision = "fp32" if settings.precision == "auto" else settings.precision
+        engine = FakeEngine() if precision == "fp32" else WrongEngine("raises")
+        return [Candidate("onnxruntime on cpu", precision, lambda: engine)]
+
+    monkeypatch.setattr("server.gate.candidates", only)
+    monkeypatch.setattr("server.gate.passed_over", lambda settings, bundle: ())
+    for precision in ("int8", "fp16"):
+        got = open_proven(Settings(bundle=bundle.path, precision=precision), bundle, Metrics(), ALL_S)
+        assert (got.verdict.result, got.verdict.precision) == ("passed", "fp32")
+        assert got.verdict.passed_over
+
+
 def test_a_bundle_without_a_proof_is_served_with_a_warning(
     tiny_bundle: Bundle, kinds: Kinds, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -262,6 +280,31 @@ def test_each_instance_is_compared_the_first_most(bundle: Bundle, kinds: Kinds) 
     first, second = kinds.opened
     assert {size for size, _ in first.batches} == {1, 2}
     assert second.batches == [(1, canvas) for canvas in MANIFEST.canvases]
+
+
+def test_the_first_of_each_file_is_compared_most(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, FakeEngine]] = []
+
+    def one(settings: Settings, bundle: Bundle) -> list[Candidate]:
+        def open_one() -> FakeEngine:
+            opened.append((settings.device, FakeEngine(bundle.manifest)))
+            return opened[-1][1]
+
+        file = "b.engine" if settings.device == "cuda:2" else "a.engine"
+        return [Candidate(f"{file} on {settings.device}", "fp32", open_one, source=file)]
+
+    monkeypatch.setattr("server.gate.candidates", one)
+    monkeypatch.setattr("server.gate.passed_over", lambda settings, bundle: ())
+    devices = "cuda:0,cuda:1,cuda:2"
+    create_app(Settings(bundle=bundle.path, device=devices, engine_instances=2, max_batch_size=2, gate_seconds=ALL_S))
+    assert [(device, max(size for size, _ in engine.batches)) for device, engine in opened] == [
+        ("cuda:0", 2),
+        ("cuda:1", 1),
+        ("cuda:2", 2),
+        ("cuda:0", 1),
+        ("cuda:1", 1),
+        ("cuda:2", 1),
+    ]
 
 
 def test_an_engine_that_comes_back_wrong_is_not_served(bundle: Bundle, kinds: Kinds) -> None:

@@ -12,16 +12,20 @@ import pytest
 from starlette.testclient import TestClient
 
 from bundle import Bundle
+from parity.proof import proof_bytes
 from runtime import CudaFailed, NoGpu, OutOfGpuMemory
 from server.app import create_app
 from server.engine import Candidate, candidates, open_engine, passed_over, placements, run_engine
-from server.errors import StartupError
+from server.errors import ParityFailed, StartupError
+from server.gate import open_proven
+from server.metrics import Metrics
 from server.settings import Settings
 from server.tensorrt_engine import TensorRTEngine
 from tests.runtime.double import Plan
 from tests.server.fake_engine import FakeEngine
 from tests.server.gpus import CANVASES, Gpus, bundle_with, installed
 from tests.server.pictures import BOX, GREEN, RED, encode, rectangle
+from tests.server.proofs import proof_by
 
 SM80 = "tensorrt-sm80-fp16.engine"
 
@@ -38,7 +42,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def settings_for(bundle: Bundle, **values: object) -> Settings:
-    fixed: dict[str, object] = {"stall_timeout_ms": 60_000, "engine_cache": bundle.path.parent / "cache"}
+    """Without a proof only an open gate lets them in."""
+    fixed: dict[str, object] = {"stall_timeout_ms": 60_000, "engine_cache": bundle.path.parent / "cache", "gate": False}
     return Settings(bundle=bundle.path, **(fixed | values))
 
 
@@ -211,6 +216,38 @@ def test_what_does_not_fit_says_why(gpus: Gpus, bundle: Bundle, values: dict[str
     with pytest.raises(StartupError, match=reason):
         candidates(settings_for(bundle, engine="tensorrt", **values), bundle)
     assert gpus.opened == []
+
+
+def test_one_of_another_version_is_passed_over_unopened(gpus: Gpus, tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path / "old", SM80, version="10.9.0.34")
+    settings = settings_for(bundle)
+    assert names(candidates(settings, bundle)) == ["onnxruntime on cpu"]
+    assert passed_over(settings, bundle)[0] == (
+        "tensorrt tensorrt-sm80-fp16.engine on cuda:0: it was built with tensorrt 10.9.0.34, and 10.14 is installed: "
+        "build it again"
+    )
+    patched = bundle_with(tmp_path / "patched", SM80, version="10.14.1.48")
+    assert names(candidates(settings_for(patched), patched))[0] == "tensorrt tensorrt-sm80-fp16.engine on cuda:0"
+
+
+def test_one_without_a_proof_is_not_served(gpus: Gpus, bundle: Bundle) -> None:
+    for engine in ("auto", "tensorrt"):
+        got = open_proven(settings_for(bundle, gate=True, engine=engine), bundle, Metrics(), 0.0)
+        assert got.engine.name.startswith("onnxruntime")
+        assert got.verdict.result == "no proof"
+        assert "carries no proof of its answers: export it anew, or set --no-gate" in got.verdict.passed_over[0]
+        got.engine.close()
+    with pytest.raises(ParityFailed, match="carries no proof .*on_parity_failure=fallback"):
+        open_proven(settings_for(bundle, gate=True, on_parity_failure="refuse"), bundle, Metrics(), 0.0)
+    assert gpus.opened == []
+
+
+def test_one_with_a_proof_is_served(gpus: Gpus, tmp_path: Path) -> None:
+    bundle = bundle_with(tmp_path / "one", SM80, proof=proof_bytes(proof_by(FakeEngine())))
+    got = open_proven(settings_for(bundle, gate=True), bundle, Metrics(), 0.0)
+    assert (got.verdict.result, got.verdict.passed_over) == ("passed", ())
+    assert got.engine.name.startswith("tensorrt")
+    got.engine.close()
 
 
 def test_without_a_gpu_the_cpu_serves_and_says_why(
