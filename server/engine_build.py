@@ -29,6 +29,7 @@ logger = logging.getLogger("ddetr.engine_build")
 
 _LOOK_S = 1.0  # between two looks at what is served, or whether another server has finished
 _TERMINATE_S = 5.0
+_LONGEST_LINE = 4096  # that is kept of what a build says
 
 BUILD_NEEDS = ("torch", "onnx", "onnxscript", "safetensors")
 """Packages that a server has no need of, and the process that builds has."""
@@ -92,16 +93,25 @@ class EngineBuilder:
         try:
             bundle = await asyncio.to_thread(read_bundle, path)
             missing = await asyncio.to_thread(_missing, self._settings, bundle)
+            if missing and self._settings.gate and "proof" not in bundle.manifest.hashes:
+                raise NoRecipe("it carries no proof, without which none is served: export it anew, or set --no-gate")
             if missing and (absent := [name for name in BUILD_NEEDS if importlib.util.find_spec(name) is None]):
                 raise NoRecipe(f"that takes {', '.join(absent)}: pip install 'ddetr[export]'")
         except (BundleError, RuntimeUnavailable, NoRecipe, StartupError) as error:
             logger.warning("no engine is built for %s: %s", path, error)
             return
         built = [recipe for recipe, gpu in missing.items() if await self._get(recipe, bundle, gpu)]
-        if built and (why := await self._swap(path)) is not None:
+        swap = await self._swap(path) if built else None
+        if swap is None or self._service.stopping:
+            return
+        wrong = "; ".join(each for verdict in swap.gate for each in verdict.passed_over)
+        if swap.wrong_answers or wrong:
+            why = swap.reason or wrong
             for recipe in built:
                 marker = self._cache.give_up(recipe, f"not served: {why}")
                 logger.error("the engine that was built is not used: %s; to try again remove %s", why, marker)
+        elif swap.state != "promoted":
+            logger.warning("the engine that was built is kept, but not in service: %s", swap.reason)
 
     async def _get(self, recipe: Recipe, bundle: Bundle, gpu: Gpu) -> bool:
         """Whether the cache has it now, built by this server or another one."""
@@ -140,8 +150,8 @@ class EngineBuilder:
         logger.info("%s is built, in %.0f s", record.file, time.monotonic() - began_s)
         return True
 
-    async def _swap(self, path: Path) -> str | None:
-        """To the same bundle, opened again; why it was not promoted, or None."""
+    async def _swap(self, path: Path) -> Swap | None:
+        """To the same bundle, opened again; what became of that, or None where there is no reason to any more."""
         swap: Swap | None = None
         while swap is None:
             if self._service.served.opened.path != path:  # another bundle came into service
@@ -153,8 +163,7 @@ class EngineBuilder:
             except ServiceError:  # the server is stopping
                 return None
         await swap.over.wait()
-        stopping = self._service.admission.draining
-        return None if swap.state == "promoted" or stopping else swap.reason or swap.state
+        return swap
 
 
 def _missing(settings: Settings, bundle: Bundle) -> dict[Recipe, Gpu]:
@@ -181,19 +190,30 @@ async def _run(command: Sequence[str]) -> None:
         )
     except OSError as error:
         raise BuildFailed(f"{command[0]}: {error}") from error
-    assert process.stdout is not None
-    last = ""
     try:
-        async for line in process.stdout:
-            if said := line.decode(errors="replace").strip():
-                last = said
-                logger.debug("build: %s", said)
+        last = await _heard(process)
         status = await process.wait()
-    except asyncio.CancelledError:
+    except BaseException:
         await _end(process)
         raise
     if status:
         raise BuildFailed(last or f"it ended with status {status}")
+
+
+async def _heard(process: asyncio.subprocess.Process) -> str:
+    """The last line that it says before it says nothing more; of a long one the end."""
+    assert process.stdout is not None
+    last, rest = "", b""
+    while True:
+        content = await process.stdout.read(1 << 16)
+        *lines, rest = (rest + (content or b"\n")).split(b"\n")
+        for line in lines:
+            if said := line.decode(errors="replace").strip():
+                last = said[-_LONGEST_LINE:]
+                logger.debug("build: %s", last)
+        if not content:
+            return last
+        rest = rest[-4 * _LONGEST_LINE :]  # UTF-8 takes up to 4 bytes a character
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

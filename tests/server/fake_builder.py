@@ -22,6 +22,8 @@ def main() -> int:
         if time.monotonic() > deadline_s:
             return 3
         time.sleep(0.01)  # it is another process: there is no event to wait for
+    if trouble == "long line":
+        sys.stderr.write("." * 300_000)
     if trouble == "fail":
         sys.stderr.write("1/7 load\nddetr build: out of memory at a tactic: give a smaller --max-batch-size\n\n")
         return 1

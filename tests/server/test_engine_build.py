@@ -57,7 +57,9 @@ class Builds:
         return [int(line) for line in self.log.read_text().split()] if self.log.exists() else []
 
     def settings(self, **values: Any) -> Settings:
+        """The bundle has no proof, so the gate is open."""
         fixed: dict[str, Any] = {"stall_timeout_ms": 60_000, "rollback_seconds": 0, "build_engine": "background"}
+        fixed["gate"] = False
         return Settings(bundle=self.bundle.path, engine_cache=self.cache, **(fixed | values))
 
     @contextmanager
@@ -177,13 +179,57 @@ def test_an_engine_with_wrong_answers_is_never_served(builds: Builds, caplog: py
     bundle = write_bundle(builds.bundle.path, manifest, files | {"proof.npz": proof_bytes(proof_by(right))})
     assert read_bundle(bundle.path).manifest.hashes["proof"]
     builds.gate.touch()
-    with builds.server() as client:
+    with builds.server(gate=True) as client:
         until(lambda: "the engine that was built is not used" in caplog.text, "the refusal")
         assert (detect(client), engine_of(client)) == (200, "onnxruntime")
-    with builds.server() as client:
+    with builds.server(gate=True) as client:
         until(lambda: "it failed before: not served" in caplog.text, "it is remembered")
         assert engine_of(client) == "onnxruntime"
     assert len(builds.begun) == 1
+
+
+def test_an_engine_that_comes_not_into_service_for_another_reason_is_kept(
+    builds: Builds, caplog: pytest.LogCaptureFixture
+) -> None:
+    builds.gate.touch()
+    with builds.server(swap_timeout_seconds=1e-6) as client:
+        until(lambda: "is kept, but not in service: opening it takes longer" in caplog.text, "the end of the swap")
+        assert engine_of(client) == "onnxruntime"
+    assert not list(builds.cache.glob("*.failed"))
+    with builds.server() as client:
+        assert engine_of(client) == "tensorrt"
+    assert len(builds.begun) == 1
+
+
+def test_nothing_is_built_that_could_not_be_proven(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    with builds.server(gate=True) as client:
+        until(lambda: "it carries no proof, without which none is served" in caplog.text, "the reason")
+        assert engine_of(client) == "onnxruntime"
+    assert builds.begun == []
+
+
+def test_an_engine_of_another_tensorrt_is_built_anew(builds: Builds, tmp_path: Path) -> None:
+    old = bundle_with(tmp_path / "old", "tensorrt-sm80-fp16.engine", version="9.3")
+    files: dict[str, Path | bytes] = {path.name: path for path in old.path.iterdir() if path.name != "manifest.json"}
+    builds.bundle = write_bundle(tmp_path / "whole", old.manifest, files | {"model.safetensors": b"w"})
+    builds.gate.touch()
+    with builds.server() as client:
+        until(lambda: engine_of(client) == "tensorrt", "the switch")
+    assert len(builds.begun) == 1
+
+
+def test_onnx_runtime_stands_in_until_the_engine_in_half_is_built(builds: Builds) -> None:
+    with builds.server(precision="fp16") as client:
+        assert (detect(client), engine_of(client)) == (200, "onnxruntime")
+        builds.gate.touch()
+        until(lambda: engine_of(client) == "tensorrt", "the switch")
+
+
+def test_a_build_may_say_much_in_one_line(builds: Builds) -> None:
+    builds.trouble = "long line"
+    builds.gate.touch()
+    with builds.server() as client:
+        until(lambda: engine_of(client) == "tensorrt", "the switch")
 
 
 def test_nothing_is_built_unasked_or_where_there_is_an_engine(builds: Builds, tmp_path: Path) -> None:
