@@ -175,8 +175,9 @@ def typical(rows: Sequence[Row], figure: str) -> float:
 
 
 def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:
-    """A line for each figure whose median picture of a canvas and batch size, of three or more, is beyond its limit; one
-    where most detections are not found at all.
+    """A line for each figure whose median picture, of three or more of a canvas and batch size, is beyond its limit.
+
+    One, too, where most detections are not found at all.
     """
     said: list[str] = []
     compared, paired = (sum(getattr(row.figures, name) for row in rows) for name in ("compared", "paired"))

@@ -124,7 +124,9 @@ def _dress(
 
     # From the inside to the outside.
     app.add_middleware(Head)
-    app.add_middleware(Gate, keys=keys, admin_keys=admin_keys, refuse=answer_service_error)
+    app.add_middleware(
+        Gate, keys=keys, admin_keys=admin_keys, refuse=answer_service_error, open_pages=service.settings.open_pages
+    )
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
 
 

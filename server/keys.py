@@ -1,6 +1,8 @@
 """API keys: who may ask for anything but this process's health. From the settings, and from a file that may change."""
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import logging
@@ -19,9 +21,9 @@ from server.errors import AdminDisabled, ServiceError, StartupError, Unauthorize
 
 logger = logging.getLogger("ddetr.keys")
 
-# Health, and the pages, which are the same in every installation: they ask for the key and send it themselves.
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/", "/sample.jpg", "/docs"})
-OPEN_FOLDER = "/static-offline-docs/"  # the scripts of /docs
+OPEN_PATHS = frozenset({"/livez", "/readyz"})
+PAGES = frozenset({"/", "/sample.jpg", "/docs"})  # the same in every installation, without data
+PAGES_FOLDER = "/static-offline-docs/"  # the scripts of /docs
 ADMIN_FOLDER = "/admin/"  # has keys of its own, and is closed without them
 
 _CHECK_EVERY_S = 1.0
@@ -55,13 +57,10 @@ class ApiKeys:
         return bool(self._digests)
 
     def check(self, headers: Headers) -> None:
-        """Raise Unauthorized unless `Authorization: Bearer KEY` or `X-API-Key: KEY` carries one of the keys."""
+        """Raise Unauthorized unless `Authorization: Bearer KEY`, `X-API-Key: KEY` or Basic's password is a key."""
         if not self._digests:
             return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # Headers were read as Latin-1; this gives their bytes back.
-        sent = hashlib.sha256(given.encode("latin-1")).digest()
+        sent = hashlib.sha256(_given(headers)).digest()
         # Every key is compared, each in constant time: how long it takes tells nothing of which was near.
         matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
         if not any(matches):
@@ -93,6 +92,7 @@ class ApiKeys:
 class Gate:
     """ASGI middleware: without a key nobody gets past it, but to OPEN_PATHS. What it does not know is closed, too.
 
+    A browser that asks for a page is told to ask its user for the key, unless the pages are open: those ask themselves.
     Nobody gets to ADMIN_FOLDER without an admin key, which is all that is asked for there.
     """
 
@@ -102,19 +102,24 @@ class Gate:
         keys: ApiKeys,
         admin_keys: ApiKeys,
         refuse: Callable[[Request, ServiceError], Awaitable[Response]],
+        open_pages: bool = False,
     ) -> None:
         self._app = app
         self._keys = keys
         self._admin_keys = admin_keys
         self._refuse = refuse
+        self._open_pages = open_pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
         if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
             try:
-                self._check(scope["path"].removeprefix(scope.get("root_path", "")), Headers(scope=scope))
+                self._check(path, Headers(scope=scope))
             except (Unauthorized, AdminDisabled) as error:
                 response = await self._refuse(Request(scope), error)
+                if _is_page(path):
+                    response.headers["WWW-Authenticate"] = 'Basic realm="API key as password", charset="UTF-8"'
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -124,8 +129,24 @@ class Gate:
             if not self._admin_keys.required:
                 raise AdminDisabled(f"{ADMIN_FOLDER} is closed: set admin_keys (DDETR_ADMIN_KEYS) to open it")
             self._admin_keys.check(headers)
-        elif path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+        elif path not in OPEN_PATHS and not (self._open_pages and _is_page(path)):
             self._keys.check(headers)
+
+
+def _is_page(path: str) -> bool:
+    return path in PAGES or path.startswith(PAGES_FOLDER)
+
+
+def _given(headers: Headers) -> bytes:
+    """The key that came along, or nothing. Headers were read as Latin-1; this gives their bytes back."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic" and "x-api-key" not in headers:  # what a browser sends with all it asks for
+        try:
+            return base64.b64decode(token.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return b""
+    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    return given.encode("latin-1")
 
 
 def _read(file: Path) -> tuple[bytes, ...]:

@@ -104,6 +104,7 @@ class Settings(BaseSettings):
         (), description="comma-separated; a request needs one of them; none: open to all"
     )
     api_keys_file: Path | None = Field(None, description="file of more keys, one a line; read again when it changes")
+    open_pages: bool = Field(False, description="the pages / and /docs need no key, they ask for it themselves")
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod

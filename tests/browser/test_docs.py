@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def test_docs_ask_for_the_key_and_are_tried_out_with_it(browser: Browser) -> None:
-    app = create_app(Settings(api_keys="the-key"), FakeEngine())
+    app = create_app(Settings(api_keys="the-key", open_pages=True), FakeEngine())
     with serving(app) as url, browser.new_context() as context:
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)

@@ -344,7 +344,8 @@ def test_a_server_that_is_gone_is_told(visit: OpenPage, picture: Path) -> None:
 
 
 def test_a_key_is_asked_for_used_and_not_kept(visit: OpenPage, picture: Path, engine: FakeEngine) -> None:
-    with serving(create_app(Settings(bundle=Path("no-bundle"), api_keys="first,schlüssel"), engine)) as url:
+    settings = Settings(bundle=Path("no-bundle"), api_keys="first,schlüssel", open_pages=True)
+    with serving(create_app(settings, engine)) as url:
         page = visit(url)
         page.page.locator("#key-form").wait_for()
         assert page.focused() == "key"

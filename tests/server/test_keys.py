@@ -2,6 +2,7 @@ import asyncio
 import logging
 import os
 import time
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def opens(keys: ApiKeys, *given: str) -> list[bool]:
         {"authorization": "bearer  first "},
         {"X-API-Key": "first"},
         {"X-API-Key": "zweiter Schlüssel".encode().decode("latin-1")},  # as the bytes of headers are read
+        {"Authorization": "Basic " + b64encode(b"anyone:first").decode()},
+        {"Authorization": "Basic " + b64encode("x:zweiter Schlüssel".encode()).decode()},
+        {"Authorization": "Basic " + b64encode(b"x:stale").decode(), "X-API-Key": "first"},  # what a page adds
     ],
 )
 def test_any_of_the_keys_opens(headers: dict[str, str]) -> None:
@@ -209,3 +213,19 @@ def test_behind_a_prefix_the_same_paths_are_open() -> None:
     client = TestClient(create_app(Settings(api_keys="first-key"), FakeEngine()), root_path="/cells")
     assert client.get("/cells/livez").status_code == 200
     assert client.get("/cells/model").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/sample.jpg", "/openapi.json", "/model", "/metrics", "/nowhere"])
+def test_with_keys_all_but_health_is_closed(path: str) -> None:
+    with TestClient(create_app(Settings(api_keys="first"), FakeEngine())) as client:
+        assert [client.get(health).status_code for health in ("/livez", "/readyz")] == [200, 200]
+        assert client.get(path).status_code == 401
+        for wrong in ("Basic !", "Basic " + b64encode(b"first:").decode(), "Basic " + b64encode(b"first").decode()):
+            assert client.get(path, headers={"Authorization": wrong}).status_code == 401
+        assert client.get(path, auth=("", "first")).status_code in (200, 404)
+
+
+def test_a_browser_is_told_to_ask_for_the_key_of_a_page_and_a_program_is_not() -> None:
+    with TestClient(create_app(Settings(api_keys="first"), FakeEngine())) as client:
+        assert client.get("/").headers["www-authenticate"].startswith("Basic ")
+        assert client.get("/model").headers["www-authenticate"] == "Bearer"

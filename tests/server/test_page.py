@@ -65,8 +65,8 @@ def test_it_comes_packed_and_only_when_it_has_changed(client: TestClient) -> Non
     assert again.headers["content-security-policy"] == plain.headers["content-security-policy"]
 
 
-def test_it_is_reached_without_a_key_where_one_is_needed(settings: Settings, engine: FakeEngine) -> None:
-    locked = settings.model_copy(update={"api_keys": Settings(api_keys="secret").api_keys})
+def test_it_can_be_reached_without_a_key_where_one_is_needed(settings: Settings, engine: FakeEngine) -> None:
+    locked = settings.model_copy(update={"api_keys": Settings(api_keys="secret").api_keys, "open_pages": True})
     with TestClient(create_app(locked, engine)) as client:
         assert client.get("/").status_code == 200
         assert client.get("/sample.jpg").status_code == 200

@@ -357,10 +357,11 @@ def guarded(settings: Settings, engine: FakeEngine) -> Iterator[TestClient]:
         yield client
 
 
-def test_api_keys_guard_all_but_health_and_the_pages(guarded: TestClient) -> None:
-    for path in ("/livez", "/readyz", "/", "/sample.jpg", "/docs", "/static-offline-docs/swagger-ui.css"):
+def test_api_keys_guard_all_but_health(guarded: TestClient) -> None:
+    for path in ("/livez", "/readyz"):
         assert guarded.get(path).status_code == 200
-    for path in ("/model", "/metrics", "/openapi.json"):
+    pages = ("/", "/sample.jpg", "/docs", "/static-offline-docs/swagger-ui.css")
+    for path in ("/model", "/metrics", "/openapi.json", *pages):
         assert error(guarded.get(path))[:2] == (401, "unauthorized")
         assert guarded.get(path, headers={"Authorization": "Bearer two"}).status_code == 200
     for path in ("/nowhere", "/model/", "/static-offline-docs", "/livez/../model"):
