@@ -48,7 +48,8 @@ Put a graph in 8-bit integers beside a bundle's model.onnx, for CPUs with dot-pr
 
 Ranges are taken from pictures of the training part of --data; AP, in float32 and in integers, is measured on its
 validation part. Groups of layers that cost accuracy stay in float32. If AP falls all the same, no integers are written
-(what --checkpoint has exported stays) and the exit status is 1. The pictures should be what the model will see: ranges fit no others."""
+(what --checkpoint has exported stays) and the exit status is 1. The pictures should be what the model will see: ranges
+fit no others."""
 
 EXAMPLE = """\
 example:
