@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bundle import Bundle, Canvas
 from parity.gate import FIGURE_NAMES, GateReport, run_gate
 from parity.proof import Proof, ProofInvalid, read_proof
+from runtime import OutOfGpuMemory
 from server.engine import Candidate, Engine, candidates, passed_over, run_engine
 from server.errors import ParityFailed, StartupError
 from server.settings import Settings
@@ -84,6 +85,11 @@ def open_proven(
         if settings.on_parity_failure == "refuse":
             raise ParityFailed(f"{wrong[-1]} (on_parity_failure=fallback would try the next engine)") from error
 
+    def give_up(candidate: Candidate, error: StartupError) -> None:
+        logger.warning("passed over %s: %s", candidate.name, error)
+        closed.append(str(error))
+        unavailable.append(f"{candidate.name}: {error}")
+
     for candidate in _in_turn(settings, bundle, wrong):
         if candidate.needs_proof and proof is None and settings.gate:
             unproven = ParityFailed(f"{bundle.path} carries no proof of its answers: export it anew, or set --no-gate")
@@ -92,9 +98,7 @@ def open_proven(
         try:
             engine = candidate.open()
         except StartupError as error:
-            logger.warning("passed over %s: %s", candidate.name, error)
-            closed.append(str(error))
-            unavailable.append(f"{candidate.name}: {error}")
+            give_up(candidate, error)
             continue
         kind = (candidate.source or candidate.name, candidate.precision)
         try:
@@ -106,6 +110,10 @@ def open_proven(
         except ParityFailed as error:
             engine.close()
             refuse(candidate, engine.name, error)
+            continue
+        except StartupError as error:
+            engine.close()
+            give_up(candidate, error)
             continue
         except BaseException:
             engine.close()
@@ -125,7 +133,7 @@ def prove(engine: Engine, proof: Proof, precision: str, max_batch_size: int, sec
     """Hold an engine against its bundle's proof: one batch of one on every canvas, and more while there is time.
 
     More is batches as large as they come, then smaller ones: each is begun only if it will likely be over when
-    `seconds` are. Raises ParityFailed, with the first of what is wrong.
+    `seconds` are. Raises ParityFailed, with the first of what is wrong, and StartupError where memory does not suffice.
     """
     began_s = time.monotonic()
     infer = _Infer(engine)
@@ -135,6 +143,8 @@ def prove(engine: Engine, proof: Proof, precision: str, max_batch_size: int, sec
 
     def compare(batch_size: int, canvas: Canvas) -> None:
         report = run_gate(infer, proof, precision, [batch_size], canvases=[canvas], rounds=1)
+        if infer.lacked is not None:
+            raise StartupError(f"{engine.name} could not be compared: {infer.lacked}") from infer.lacked
         if not report.passed:
             failures = "; ".join(report.failures[:_SHOWN_FAILURES])
             more = len(report.failures) - _SHOWN_FAILURES
@@ -163,13 +173,19 @@ class _Infer:
         self._engine = engine
         self.image_s: dict[Canvas, float] = {}
         """Seconds of an image in the newest batch of a canvas."""
+        self.lacked: Exception | None = None
+        """What it lacked, if it had not memory enough: the machine's trouble."""
 
     def __call__(self, images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[NDArray[np.generic]]:
         """images [n, H, W, 3], sizes [n, 2] (h, w)."""
         canvas = Canvas(height=images.shape[1], width=images.shape[2])
         cut = [image[:height, :width] for image, (height, width) in zip(images, sizes.tolist(), strict=True)]
         began_s = time.monotonic()
-        raw = run_engine(self._engine, cut, canvas)
+        try:
+            raw = run_engine(self._engine, cut, canvas)
+        except (OutOfGpuMemory, MemoryError) as error:  # the gate takes every exception for a wrong answer
+            self.lacked = error
+            raise
         self.image_s[canvas] = (time.monotonic() - began_s) / len(cut)
         return raw.boxes, raw.scores, raw.labels
 

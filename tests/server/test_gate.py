@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from bundle import Bundle, Manifest
 from parity.proof import Proof, proof_bytes
+from runtime import OutOfGpuMemory
 from server.app import create_app
 from server.engine import Candidate, RawDetections
 from server.errors import ParityFailed, StartupError
@@ -215,6 +216,23 @@ def test_the_float_graph_stands_in_whatever_precision_was_asked_for_and_is_wrong
         got = open_proven(Settings(bundle=bundle.path, precision=precision), bundle, Metrics(), ALL_S)
         assert (got.verdict.result, got.verdict.precision) == ("passed", "fp32")
         assert got.verdict.passed_over
+
+
+def test_one_that_lacks_memory_is_not_wrong_but_cannot_be_used(
+    bundle: Bundle, kinds: Kinds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(engine: WrongEngine, outputs: RawDetections) -> RawDetections:
+        raise OutOfGpuMemory("cudaMalloc of 25 MiB: out of memory")
+
+    monkeypatch.setattr(WrongEngine, "finish", finish)
+    kinds.kinds = ["lacks memory", "right"]
+    metrics = Metrics()
+    settings = Settings(bundle=bundle.path, on_parity_failure="refuse")
+    verdict = open_proven(settings, bundle, metrics, ALL_S).verdict
+    assert verdict.passed_over == ()
+    assert "lacks memory could not be compared: cudaMalloc of 25 MiB: out of memory" in verdict.unavailable[0]
+    assert [engine.closed for engine in kinds.opened] == [True, False]
+    assert not failures(metrics, "lacks memory")
 
 
 def test_a_bundle_without_a_proof_is_served_with_a_warning(
