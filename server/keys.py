@@ -56,11 +56,11 @@ class ApiKeys:
         """Whether a request needs a key."""
         return bool(self._digests)
 
-    def check(self, headers: Headers) -> None:
+    def check(self, headers: Headers, basic: bool = True) -> None:
         """Raise Unauthorized unless `Authorization: Bearer KEY`, `X-API-Key: KEY` or Basic's password is a key."""
         if not self._digests:
             return
-        sent = hashlib.sha256(_given(headers)).digest()
+        sent = hashlib.sha256(_given(headers, basic)).digest()
         # Every key is compared, each in constant time: how long it takes tells nothing of which was near.
         matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
         if not any(matches):
@@ -128,7 +128,7 @@ class Gate:
         if path.startswith(ADMIN_FOLDER):
             if not self._admin_keys.required:
                 raise AdminDisabled(f"{ADMIN_FOLDER} is closed: set admin_keys (DDETR_ADMIN_KEYS) to open it")
-            self._admin_keys.check(headers)
+            self._admin_keys.check(headers, basic=False)  # what a browser adds by itself another site could use
         elif path not in OPEN_PATHS and not (self._open_pages and _is_page(path)):
             self._keys.check(headers)
 
@@ -137,10 +137,12 @@ def _is_page(path: str) -> bool:
     return path in PAGES or path.startswith(PAGES_FOLDER)
 
 
-def _given(headers: Headers) -> bytes:
+def _given(headers: Headers, basic: bool) -> bytes:
     """The key that came along, or nothing. Headers were read as Latin-1; this gives their bytes back."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic" and "x-api-key" not in headers:  # what a browser sends with all it asks for
+        if not basic or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            return b""
         try:
             return base64.b64decode(token.strip(), validate=True).partition(b":")[2]
         except binascii.Error:

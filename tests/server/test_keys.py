@@ -229,3 +229,13 @@ def test_a_browser_is_told_to_ask_for_the_key_of_a_page_and_a_program_is_not() -
     with TestClient(create_app(Settings(api_keys="first"), FakeEngine())) as client:
         assert client.get("/").headers["www-authenticate"].startswith("Basic ")
         assert client.get("/model").headers["www-authenticate"] == "Bearer"
+
+
+def test_what_a_browser_adds_by_itself_is_of_no_use_to_other_sites_nor_to_administer() -> None:
+    given = {"Authorization": "Basic " + b64encode(b"x:first").decode()}
+    settings = Settings(api_keys="first", admin_keys="first")
+    with TestClient(create_app(settings, FakeEngine())) as client:
+        for site, status in (("none", 200), ("same-origin", 200), ("same-site", 401), ("cross-site", 401)):
+            assert client.get("/model", headers={**given, "Sec-Fetch-Site": site}).status_code == status
+        assert client.get("/admin/bundle", headers=given).status_code == 401
+        assert client.get("/admin/bundle", headers={"X-API-Key": "first"}).status_code == 200
