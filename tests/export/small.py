@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from bundle import Canvas
@@ -11,6 +12,11 @@ from models import VARIANTS, DeformableDetr, DeformableDetrConfig, build_model
 
 CANVASES = (Canvas(height=64, width=96), Canvas(height=96, width=64))
 CATEGORY_IDS = (2, 3, 5, 7)
+TRACED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("r50-single-scale", "r50-refine") else name
+    for name in VARIANTS
+]
+"""Of each variant a graph is traced and verified, half a minute in all; what these two have, others have, too."""
 
 
 def small(variant: str) -> DeformableDetrConfig:

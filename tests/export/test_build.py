@@ -16,10 +16,9 @@ from bundle import Canvas
 from export import op
 from export.build import PLUGIN_LAYER, SAMPLE_LAYER, NotBuilt, NotParsed, PluginMissing, Profile, build, parse
 from export.flavour import FLAVOURS, Flavour, NotInstalled, TargetError
-from models import VARIANTS
 from tests.conftest import has_gpu
 from tests.export.conftest import Exported
-from tests.export.small import CANVASES
+from tests.export.small import CANVASES, TRACED
 
 TARGETS = ("sm86", "sm89")
 SHAPES: dict[str, list[int | str]] = {
@@ -59,7 +58,7 @@ def model_of(node: onnx.NodeProto, inputs: list[onnx.ValueInfoProto]) -> onnx.Mo
     return helper.make_model(helper.make_graph([node], "one", inputs, [output]), opset_imports=opsets, ir_version=10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRACED)
 def test_every_attention_is_a_plugin_layer(rtx: Flavour, exported: Callable[[str], Exported], variant: str) -> None:
     done = exported(variant)
     model = done.proto()

@@ -26,7 +26,7 @@ from export.verify import FUNCTION, KERNEL, MAX_BOX_ERROR, MAX_SCORE_ERROR, draw
 from models import VARIANTS, save_checkpoint
 from models.postprocess import top_detections
 from tests.export.conftest import Exported
-from tests.export.small import CANVASES, CATEGORY_IDS, build, small
+from tests.export.small import CANVASES, CATEGORY_IDS, TRACED, build, small
 from tests.export.test_verify import nudged
 
 ALONE_ATOL = 1e-5  # measured 4e-7: other summation orders, the same arithmetic
@@ -39,7 +39,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRACED)
 def test_every_variant_is_exported_and_agrees(exported: Callable[[str], Exported], variant: str) -> None:
     done = exported(variant)
     manifest = done.bundle.manifest
@@ -55,7 +55,7 @@ def test_every_variant_is_exported_and_agrees(exported: Callable[[str], Exported
     assert [node.op_type for node in done.proto().graph.node].count("MSDeformAttn") == layers
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRACED)
 def test_the_graph_is_laid_out_for_a_cpu(exported: Callable[[str], Exported], variant: str) -> None:
     """Layers as ops of the native library; late values where the model's pictures are large enough."""
     done = exported(variant)
@@ -117,7 +117,7 @@ def test_batch_and_canvas_are_dynamic(
     np.testing.assert_allclose(boxes[:, clear], want[0].numpy()[:, clear], atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRACED)
 def test_a_picture_alone_and_in_a_batch_gives_the_same(exported: Callable[[str], Exported], variant: str) -> None:
     opened = session(exported(variant).bundle.onnx_path)
     pictures = draw_pictures(CANVASES[0], [(1.0, 1.0), (0.5, 0.7), (0.8, 0.4)], seed=6)
@@ -164,7 +164,7 @@ def test_the_manifest_says_what_was_exported(exported: Callable[[str], Exported]
         assert f"{record.max_score_error:.1e}" in figures
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TRACED)
 def test_the_file_names_nothing_of_its_makers_machine(exported: Callable[[str], Exported], variant: str) -> None:
     done = exported(variant)
     content = done.bundle.onnx_path.read_bytes()

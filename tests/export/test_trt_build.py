@@ -451,7 +451,7 @@ def test_a_bundle_without_its_checkpoint_says_so(built: Built, tmp_path: Path) -
     bare = write_bundle(
         tmp_path / "bare",
         built.bundle.manifest.model_copy(update={"engines": ()}),
-        {"model.onnx": built.bundle.onnx_path},
+        {name: built.bundle.path / name for name in ("model.onnx", "proof.npz")},
     )
     with pytest.raises(ValueError, match=r"carries no model\.safetensors: give its checkpoint as --checkpoint"):
         build_engine(Request(bare.path))
