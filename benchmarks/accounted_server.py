@@ -89,9 +89,14 @@ class AccountedEngine:
         self.batches = 0
         self.name = self._engine.name
         self.manifest = self._engine.manifest
-        self.prepare = self._engine.prepare
         self.finish = self._engine.finish
         self.close = self._engine.close
+
+    def prepare(self, images: Sequence[Pixels], canvas: Canvas) -> Any:
+        """The engine's own, with its images counted."""
+        with self._lock:
+            self.images += len(images)
+        return self._engine.prepare(images, canvas)
 
     def infer(self, inputs: Any) -> Any:
         """The engine's own, timed by the clock of the thread it runs in."""
@@ -101,7 +106,6 @@ class AccountedEngine:
         finally:
             with self._lock:
                 self._infer_s += time.thread_time() - started_s
-                self.images += len(inputs[0])
                 self.batches += 1
 
     def cpu_s(self) -> float:
