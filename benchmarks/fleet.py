@@ -24,12 +24,12 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.balancing import balanced, haproxy
 from benchmarks.machine import machine
-from benchmarks.ray_serving import configuration, free_port, ray_serving
+from benchmarks.ray_serving import configuration, ray_serving
 from loadtest.client import Target
 from loadtest.measure import measure
 from loadtest.payload import Payload, drawn
 from loadtest.report import Plan
-from loadtest.server_process import serving
+from loadtest.server_process import free_port, serving
 
 CLIENTS = 16
 COMFORTABLE = 0.5

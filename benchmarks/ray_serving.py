@@ -1,26 +1,21 @@
 """The Serve application on a Ray of its own, on this machine's loopback, for as long as a `with` lasts."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from loadtest.errors import ServerNotStarted
+from loadtest.server_process import free_port, stop, tail, wait_until_ready
+
 ROOT = Path(__file__).parents[1]
-START_TIMEOUT_S = 240.0
-_STOP_TIMEOUT_S = 60.0
-_LOG_LINES = 40
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 _HEAD = """
 import ray, sys
@@ -28,10 +23,6 @@ context = ray.init(_node_ip_address="127.0.0.1", num_cpus=float(sys.argv[1]), in
 print(context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
-
-
-class ServeNotStarted(Exception):
-    """The application did not get ready; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +42,6 @@ def ray_environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def configuration(port: int, settings: Mapping[str, Any], replicas: int, cpus: float) -> dict[str, Any]:
@@ -98,7 +81,7 @@ def haproxy_environment(folder: str) -> dict[str, str]:
 
 @contextmanager
 def ray_serving(content: Mapping[str, Any], cpus: float, through_haproxy: bool = False) -> Iterator[RayServing]:
-    """`serve run` with this configuration on a new Ray of so many CPUs, until it is left. Raises ServeNotStarted."""
+    """`serve run` with this configuration on a new Ray of so many CPUs, until it is left. Raises ServerNotStarted."""
     port = content["http_options"]["port"]
     with (
         tempfile.NamedTemporaryFile("w", suffix=".yaml") as file,
@@ -121,7 +104,7 @@ def ray_serving(content: Mapping[str, Any], cpus: float, through_haproxy: bool =
         try:
             address = head.stdout.readline().strip()
             if not address:
-                raise ServeNotStarted(f"Ray did not start:\n{_tail(log)}")
+                raise ServerNotStarted(f"Ray did not start:\n{tail(log)}")
             serve = subprocess.Popen(
                 [sys.executable, "-m", "ray.serve.scripts", "run", file.name],
                 cwd=ROOT,
@@ -131,45 +114,12 @@ def ray_serving(content: Mapping[str, Any], cpus: float, through_haproxy: bool =
                 stderr=log,
             )
             url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(url, serve, log)
+            wait_until_ready(url, serve, log)
             yield RayServing(url, (head.pid, serve.pid))
         finally:
             if serve is not None:
-                _end(serve)
-            _end(head)
+                stop(serve)
+            stop(head)
             for stream in (head.stdin, head.stdout):
                 if stream is not None:
                     stream.close()
-
-
-def _wait_until_ready(url: str, serve: "subprocess.Popen[bytes]", log: IO[bytes]) -> None:
-    until_s = time.monotonic() + START_TIMEOUT_S
-    while not _ready(url):
-        if serve.poll() is not None or time.monotonic() > until_s:
-            raise ServeNotStarted(f"the application is not ready:\n{_tail(log)}")
-        time.sleep(0.2)
-
-
-def _ready(url: str) -> bool:
-    try:
-        with _OPENER.open(f"{url}/readyz", timeout=5) as response:
-            return b'"ok"' in response.read()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
-    except OSError:
-        return False
-
-
-def _end(process: "subprocess.Popen[Any]") -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _tail(log: IO[bytes]) -> str:
-    log.seek(0)
-    return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:])

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.deploy.processes import ROOT, free_port
+from loadtest.server_process import free_port
+from tests.deploy.processes import ROOT
 
 START_S = 120.0
 

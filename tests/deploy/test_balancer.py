@@ -18,8 +18,9 @@ import pytest
 from yarl import URL
 
 from benchmarks.balancing import CONFIGURATION, balanced, haproxy
+from loadtest.server_process import free_port
 from server.settings import Settings
-from tests.deploy.processes import ROOT, free_port, wait_for
+from tests.deploy.processes import ROOT, wait_for
 from tests.deploy.rollout import START_S, ask_until, is_ready
 from tests.server.pictures import encode, rectangle
 from tests.server.tiny_bundle import write_tiny_bundle

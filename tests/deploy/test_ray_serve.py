@@ -25,9 +25,10 @@ from starlette.testclient import TestClient
 from benchmarks.ray_serving import RayServing, configuration, ray_serving
 from bundle import Bundle
 from deploy.ray.application import NAME, build, replica_settings
+from loadtest.server_process import free_port
 from server.app import create_app
 from server.settings import Settings
-from tests.deploy.processes import ROOT, descendants, free_port, wait_for
+from tests.deploy.processes import ROOT, descendants, wait_for
 from tests.server.pictures import encode, rectangle
 from tests.server.tiny_bundle import write_tiny_bundle
 

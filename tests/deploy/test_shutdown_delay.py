@@ -12,7 +12,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.deploy.processes import ROOT, free_port, wait_for
+from loadtest.server_process import free_port
+from tests.deploy.processes import ROOT, wait_for
 from tests.deploy.rollout import START_S, is_ready
 from tests.server.pictures import encode, rectangle
 from tests.server.tiny_bundle import write_tiny_bundle
