@@ -21,10 +21,18 @@ from server.metrics import Metrics
 from server.metrics_port import listening
 from server.observe import Observe
 from server.page import build_page_router
-from server.routes import build_metrics_router, build_router, error_response, http_error_response
+from server.routes import (
+    DETECT_PATH,
+    build_detect,
+    build_metrics_router,
+    build_router,
+    error_response,
+    http_error_response,
+)
 from server.served import Opened, open_bundle
 from server.service import Service
 from server.settings import Settings
+from server.shortcut import Endpoint, Shortcut
 from server.swap import SWAP_GATE_SECONDS, Swaps
 from server.trace import Tracing, open_tracing
 from server.version import version
@@ -56,7 +64,7 @@ def create_app(
     apart: FastAPI | None = None
     if settings.metrics_port:
         apart = FastAPI(openapi_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
-        _dress(apart, [metrics_router], service, keys, admin_keys, None)
+        _dress(apart, [metrics_router], service, keys, admin_keys)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -86,12 +94,13 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service, app.state.swaps = service, swaps
-    routers = [build_router(service), build_page_router(), build_docs_router()]
+    detect = build_detect(service)
+    routers = [build_router(service, detect), build_page_router(), build_docs_router()]
     if admin_keys.required:
         routers.append(build_admin_router(service, swaps))
     if apart is None:
         routers.append(metrics_router)
-    _dress(app, routers, service, keys, admin_keys, tracing)
+    _dress(app, routers, service, keys, admin_keys, tracing, detect)
     return app
 
 
@@ -101,7 +110,8 @@ def _dress(
     service: Service,
     keys: ApiKeys,
     admin_keys: ApiKeys,
-    tracing: Tracing | None,
+    tracing: Tracing | None = None,
+    detect: Endpoint | None = None,
 ) -> None:
     """Give `app` its routes, and what every request meets on its way to them and back."""
     paths = {app.openapi_url or ""}
@@ -111,7 +121,7 @@ def _dress(
 
     @app.exception_handler(ServiceError)
     async def answer_service_error(request: Request, error: ServiceError) -> Response:
-        if request.scope["path"] == "/detect":
+        if request.scope["path"] == DETECT_PATH:
             service.metrics.rejected.labels(error.code).inc()
         request.state.error_code = error.code
         if error.status == 500:
@@ -123,6 +133,8 @@ def _dress(
         return http_error_response(request, error)
 
     # From the inside to the outside.
+    if detect is not None:
+        app.add_middleware(Shortcut, path=DETECT_PATH, endpoint=detect, explain=answer_service_error)
     app.add_middleware(Head)
     app.add_middleware(
         Gate, keys=keys, admin_keys=admin_keys, refuse=answer_service_error, open_pages=service.settings.open_pages

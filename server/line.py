@@ -18,6 +18,7 @@ _REMEMBERED_S = 10.0  # and no longer: a bad moment must not keep out those whos
 _MAY_BE_LATE = 1  # of these, beyond what the margin allows for
 _UNTRIED_MARGIN = 2.0
 _LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
+_LEARN_EVERY_S = 0.1  # of answers that came in time; late ones count at once
 
 
 class Line:
@@ -39,6 +40,7 @@ class Line:
             "batch": deque(maxlen=_RATIOS),
         }
         self._margins: dict[Priority, float] = {"interactive": _UNTRIED_MARGIN, "batch": _UNTRIED_MARGIN}
+        self._learnt_s: dict[Priority, float] = {"interactive": 0.0, "batch": 0.0}  # when the margins were
 
     def __len__(self) -> int:
         return self._counts.total()
@@ -75,8 +77,7 @@ class Line:
 
     def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
         """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
-        ratios = self._ratios[priority]
-        if ratios and ratios[0][0] < self._clock() - _REMEMBERED_S:
+        if self._ratios[priority] and self._learnt_s[priority] <= self._clock() - _LEARN_EVERY_S:
             self._learn_margin(priority)
         return self.finish_s(priority, images, with_readers=with_readers) * self._margins[priority]
 
@@ -118,12 +119,15 @@ class Line:
 
     def observe(self, priority: Priority, predicted_s: float, taken_s: float) -> None:
         """An answer took `taken_s`, or was given up after that time, where `predicted_s` had been predicted."""
-        self._ratios[priority].append((self._clock(), min(taken_s / predicted_s, _MOST_MARGIN)))
-        self._learn_margin(priority)
+        ratio = min(taken_s / predicted_s, _MOST_MARGIN)
+        self._ratios[priority].append((self._clock(), ratio))
+        if ratio > self._margins[priority]:
+            self._learn_margin(priority)
 
     def _learn_margin(self, priority: Priority) -> None:
-        ratios = self._ratios[priority]
-        while ratios and ratios[0][0] < self._clock() - _REMEMBERED_S:
+        ratios, now_s = self._ratios[priority], self._clock()
+        self._learnt_s[priority] = now_s
+        while ratios and ratios[0][0] < now_s - _REMEMBERED_S:
             ratios.popleft()
         late = sorted((ratio for _, ratio in ratios), reverse=True)[: _MAY_BE_LATE + 1]
         learnt = late[-1] if late else 0.0

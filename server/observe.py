@@ -1,8 +1,8 @@
 """Around every request: its id, its line in the log, its count, its span, and an answer even to what nobody foresaw."""
 
 import logging
+import random
 import re
-import uuid
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -130,7 +130,7 @@ def log_refusal(client: tuple[str, int] | None, status: int, error_code: str) ->
 def _request_id(headers: Headers) -> str:
     """The caller's, if it can stand in a header and a log line; else a new one."""
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _trace_id(headers: Headers) -> str | None:

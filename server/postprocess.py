@@ -32,17 +32,16 @@ def postprocess(
 
     `wanted_ids` are the category ids to keep; None keeps all. What lies outside the picture altogether is no detection.
     """
-    keep = raw.scores >= threshold  # [K]
-    if wanted_ids is not None:
-        keep &= np.isin(raw.labels, list(wanted_ids))
-    size = np.array([width, height, width, height], np.float64)
-    boxes = np.clip(raw.boxes.astype(np.float64), 0.0, 1.0) * size  # [K, 4]
-    keep &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    kept = np.flatnonzero(keep)
-    kept = kept[np.argsort(-raw.scores[kept], kind="stable")][:max_detections]
-    return [
-        Detection(categories.get(label, str(label)), label, score, (box[0], box[1], box[2], box[3]))
-        for label, score, box in zip(
-            raw.labels[kept].tolist(), raw.scores[kept].tolist(), boxes[kept].tolist(), strict=True
-        )
-    ]
+    kept = (raw.scores >= threshold).nonzero()[0]
+    scores, labels = raw.scores[kept], raw.labels[kept]
+    boxes = np.minimum(np.maximum(raw.boxes[kept], 0), 1) * np.array((width, height, width, height), np.float64)
+    order = (-scores).argsort(kind="stable")
+    found = []
+    for label, score, (x0, y0, x1, y1) in zip(
+        labels[order].tolist(), scores[order].tolist(), boxes[order].tolist(), strict=True
+    ):
+        if x1 > x0 and y1 > y0 and (wanted_ids is None or label in wanted_ids):
+            found.append(Detection(categories.get(label, str(label)), label, score, (x0, y0, x1, y1)))
+            if len(found) == max_detections:
+                break
+    return found

@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections.abc import Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -22,26 +21,18 @@ from server.respond import ImageAnswer, check_outcomes, coco_body, error_content
 from server.schema import DETECT_RESPONSES, METRICS_RESPONSES, MODEL_RESPONSES, HealthSchema, detect_request
 from server.served import Served
 from server.service import Service
+from server.shortcut import Endpoint
 from server.timing import server_timing, slowest, until_answered
+
+DETECT_PATH = "/detect"
 
 T = TypeVar("T")
 
 
-def build_router(service: Service) -> APIRouter:
-    """The routes of `service`."""
+def build_detect(service: Service) -> Endpoint:
+    """What answers a POST to DETECT_PATH."""
     settings = service.settings
 
-    router = APIRouter()
-
-    @router.post(
-        "/detect",
-        summary="Find objects in images",
-        response_class=Response,
-        responses=DETECT_RESPONSES,
-        openapi_extra=detect_request(
-            service.served.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
-        ),
-    )
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
         arrived_s: float = request.state.arrived_s
@@ -63,6 +54,24 @@ def build_router(service: Service) -> APIRouter:
             except ClientGone:
                 service.metrics.images.labels(ClientGone.code).inc(len(ticket.places))
                 raise
+
+    return detect
+
+
+def build_router(service: Service, detect: Endpoint) -> APIRouter:
+    """The routes of `service`."""
+    settings = service.settings
+
+    router = APIRouter()
+    router.post(
+        DETECT_PATH,
+        summary="Find objects in images",
+        response_class=Response,
+        responses=DETECT_RESPONSES,
+        openapi_extra=detect_request(
+            service.served.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
+        ),
+    )(detect)
 
     @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)
     async def model() -> Response:
@@ -151,18 +160,27 @@ async def _detect(
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled with ClientGone when the client closes the connection."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone("the client closed the connection")
-        return working.result()
-    finally:
-        for task in (working, leaving):
+    task = asyncio.current_task()
+    assert task is not None
+    others_cancelling, gone, over = task.cancelling(), False, False
+
+    def leave(_: object) -> None:
+        nonlocal gone
+        if not over:
+            gone = True
             task.cancel()
-        with suppress(asyncio.CancelledError):
-            await leaving
+
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    leaving.add_done_callback(leave)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if gone and task.uncancel() <= others_cancelling:
+            raise ClientGone("the client closed the connection") from None
+        raise
+    finally:
+        over = True
+        leaving.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

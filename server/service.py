@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -222,8 +221,7 @@ class Service:
                 max_detections=options.max_detections,
                 wanted_ids=wanted_ids,
             )
-            times = replace(
-                image.times,
+            times = image.times._replace(
                 # What is left between preprocess and the answer, the way back into the event loop included.
                 queue=(inferred.answered_s - came_s) * 1e3 - image.times.total - inferred.inference_ms,
                 inference=inferred.inference_ms,

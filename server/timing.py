@@ -1,11 +1,10 @@
 """An image's stage times. They lie end to end, so that their sum is the request's time in the server."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class StageTimes:
+class StageTimes(NamedTuple):
     """Milliseconds an image spent in each stage; waiting for a stage's thread counts to the stage."""
 
     admit: float = 0.0  # until the body is read and taken apart
@@ -18,10 +17,10 @@ class StageTimes:
     @property
     def total(self) -> float:
         """Milliseconds in all stages."""
-        return self.admit + self.decode + self.preprocess + self.queue + self.inference + self.postprocess
+        return sum(self)
 
 
-STAGES = tuple(field.name for field in fields(StageTimes))
+STAGES = StageTimes._fields
 
 
 def slowest(times: Sequence[StageTimes]) -> StageTimes:
@@ -35,7 +34,7 @@ def until_answered(times: Sequence[StageTimes], request_ms: float) -> list[Stage
     Whatever no stage has counted so far is in it, too: the slowest image's stages fill `request_ms`.
     """
     rest_ms = request_ms - slowest(times).total
-    return [replace(each, postprocess=each.postprocess + rest_ms) for each in times]
+    return [each._replace(postprocess=each.postprocess + rest_ms) for each in times]
 
 
 def server_timing(times: StageTimes) -> str:

@@ -159,6 +159,7 @@ def test_margins_are_learnt_by_lane() -> None:
     assert margin("interactive") == margin("batch") == 2.0
     for _ in range(200):
         hall.line.observe("interactive", 1.0, 0.9)
+    hall.now_s += 0.1
     assert (margin("interactive"), margin("batch")) == (pytest.approx(1.05), 2.0)
     hall.line.observe("interactive", 1.0, 99.0)
     assert margin("interactive") == pytest.approx(1.05), "one in two hundred is let pass"
