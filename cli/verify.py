@@ -15,14 +15,14 @@ import onnxruntime
 import orjson
 from numpy.typing import NDArray
 
-from bundle import Bundle, BundleError, Canvas, read_bundle
+from bundle import Bundle, BundleError, Canvas, EngineRecord, read_bundle
 from cli.handover import say_missing_extra
 from cli.verify_page import page
 from parity import GateReport, Infer, Proof, ProofInvalid, read_proof, run_gate
 from parity.limits import AP_LOSS
 from parity.report import document, table
 from server.cores import available_cores
-from server.engine import Candidate, candidates, run_engine
+from server.engine import Candidate, run_engine, ways_to_run
 from server.errors import StartupError
 from server.settings import Settings
 
@@ -39,7 +39,8 @@ Hold a bundle's engines against its proof: pictures drawn from seeds, and what f
 Every engine that this machine can run is tried: TensorRT, ONNX Runtime, and ONNX Runtime with the op as the function
 that the file carries (`function`). With --data also AP on photographs is compared.
 
-exit status: 0 all that could be run passed, 1 one failed, 2 nothing could be compared."""
+exit status: 0 all that this machine can run passed; 1 one failed, or one that is for this machine could not be opened
+or does not take the batch sizes asked for (leave it out with --engine); 2 nothing could be compared."""
 
 EXAMPLE = """\
 example:
@@ -73,13 +74,17 @@ class Opened:
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """One engine: its report, or why there is none; and the AP of both sides (reference's, engine's) on data."""
+    """One engine: its report, or why there is none; and the AP of both sides (reference's, engine's) on data.
+
+    owed: there is no report, and there should be: the engine is for this machine.
+    """
 
     name: str
     precision: str
     report: GateReport | None
     why: str = ""
     ap: tuple[float, float] | None = None
+    owed: bool = False
 
     @property
     def ap_fell(self) -> bool:
@@ -99,7 +104,7 @@ class Verdict:
     @property
     def word(self) -> str:
         """For people."""
-        return "passed" if self.passed else "FAILED" if self.failed else "not run"
+        return "passed" if self.passed else "FAILED" if self.failed else "CANNOT" if self.owed else "not run"
 
     def headline(self) -> str:
         """In one line: which engine, how it went, and why or by what."""
@@ -144,7 +149,10 @@ def run(argv: Sequence[str]) -> int:
     if not any(verdict.report for verdict in verdicts):
         print("ddetr verify: no engine could be run", file=sys.stderr)
         return CANNOT_RUN
-    return FAILED if any(verdict.failed for verdict in verdicts) else PASSED
+    owed = [verdict for verdict in verdicts if verdict.owed]
+    for verdict in owed:
+        print(f"ddetr verify: not compared: {verdict.name}: {verdict.why}", file=sys.stderr)
+    return FAILED if owed or any(verdict.failed for verdict in verdicts) else PASSED
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -195,7 +203,7 @@ def verify(bundle: Bundle, proof: Proof, arguments: argparse.Namespace, data: Co
         try:
             opened = way.open()
         except StartupError as error:
-            verdicts.append(Verdict(way.name, way.precision, None, str(error)))
+            verdicts.append(Verdict(way.name, way.precision, None, str(error), owed=True))
             continue
         try:
             report = run_gate(opened.infer, proof, way.precision, way.batch_sizes, canvases, _say(way.name))
@@ -233,18 +241,32 @@ def ways(bundle: Bundle, asked: str, device: str, sizes: tuple[int, ...] | None)
         if bundle.int8_path is not None:
             kinds.append(("onnxruntime", "int8", sizes or BATCH_SIZES))
     for engine, precision, batch_sizes in kinds:
-        try:
-            found = candidates(settings.model_copy(update={"engine": engine, "precision": precision}), bundle)
-        except StartupError as error:
-            why = str(error).removeprefix(f"{engine}: ")
-            yield Verdict(engine, "" if precision == "auto" else precision, None, why)
-            continue
-        for candidate in found:
-            yield Way(candidate.name, candidate.precision, batch_sizes, partial(_open, candidate))
+        found = ways_to_run(settings.model_copy(update={"engine": engine, "precision": precision}), bundle)
+        runs = any(isinstance(way, Candidate) for way in found)
+        for way in found:
+            built = next((record for record in bundle.manifest.engines if record.file in way.name.split()), None)
+            if isinstance(way, Candidate):
+                if built is not None and (why := _beyond(built, batch_sizes)):
+                    yield Verdict(way.name, way.precision, None, why, owed=True)
+                else:
+                    yield Way(way.name, way.precision, batch_sizes, partial(_open, way))
+            elif built is not None or not runs:
+                yield Verdict(way.name, "" if precision == "auto" else precision, None, way.why, owed=built is not None)
     if asked in ("all", "function"):
         yield Way(
             "onnxruntime on cpu, the op's function", "fp32", sizes or BATCH_SIZES, partial(_open_function, bundle)
         )
+
+
+def _beyond(record: EngineRecord, batch_sizes: Sequence[int]) -> str:
+    """Why the engine cannot be asked in these sizes; empty where it can."""
+    most = min((profile.max_batch_size for profile in record.profiles), default=max(batch_sizes))
+    if not (beyond := [str(size) for size in batch_sizes if size > most]):
+        return ""
+    return (
+        f"it is built for at most {most} images at once, and --batch-sizes asks for {', '.join(beyond)}: leave that out, "
+        f"or build it with --max-batch-size {beyond[-1]}"
+    )
 
 
 def _open(candidate: Candidate) -> Opened:
@@ -287,7 +309,8 @@ def rendered(form: str, bundle: Bundle, proof: Proof, verdicts: Sequence[Verdict
         content = {
             "bundle": str(bundle.path),
             "model": {"name": model.name, "version": model.version},
-            "passed": all(not verdict.failed for verdict in verdicts) and any(verdict.passed for verdict in verdicts),
+            "passed": not any(verdict.failed or verdict.owed for verdict in verdicts)
+            and any(verdict.passed for verdict in verdicts),
             "engines": [
                 {
                     "engine": verdict.name,

@@ -32,7 +32,7 @@ table { border-collapse: collapse; margin: .5rem 0 1rem; font-variant-numeric: t
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #d8dee6; }
 td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 h2 { margin: 2rem 0 .3rem; font-size: 1.15rem; }
-.passed { color: #11734b; } .FAILED { color: #b3261e; } .not-run { color: #6b7684; }
+.passed { color: #11734b; } .FAILED, .CANNOT { color: #b3261e; } .not-run { color: #6b7684; }
 li { font-family: ui-monospace, monospace; font-size: 13px; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; }
 figure img { max-width: 100%; display: block; } figcaption { font-size: 13px; max-width: 40rem; }

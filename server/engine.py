@@ -106,7 +106,7 @@ def candidates(settings: Settings, bundle: Bundle) -> list[Candidate]:
     Best is a TensorRT engine of the bundle for this GPU, then ONNX Runtime on the GPU, then on the CPU; without a
     precision asked for, half before float32, and 8 bits never. Raises StartupError, saying of each why not.
     """
-    ways = _ways(settings, bundle)
+    ways = ways_to_run(settings, bundle)
     found = [way for way in ways if isinstance(way, Candidate)]
     if not found:
         raise StartupError("; ".join(str(way) for way in ways if isinstance(way, PassedOver)))
@@ -115,7 +115,7 @@ def candidates(settings: Settings, bundle: Bundle) -> list[Candidate]:
 
 def passed_over(settings: Settings, bundle: Bundle) -> tuple[str, ...]:
     """The engines that cannot be opened here, and why; those behind one that can are not named."""
-    ways = _ways(settings, bundle)
+    ways = ways_to_run(settings, bundle)
     first = next((index for index, way in enumerate(ways) if isinstance(way, Candidate)), len(ways))
     return tuple(str(way) for way in ways[:first])
 
@@ -154,7 +154,7 @@ def placements(settings: Settings) -> list[Settings]:
     return [one for _ in range(settings.engine_instances) for one in each]
 
 
-def _ways(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
+def ways_to_run(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOver]:
     """Every way that the settings allow, in order of preference."""
     ways: list[Candidate | PassedOver] = []
     if settings.engine in ("auto", "tensorrt"):

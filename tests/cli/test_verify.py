@@ -6,7 +6,9 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,13 +16,18 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from bundle import embedded_bundle, read_bundle, write_bundle
+from bundle import Bundle, embedded_bundle, read_bundle, write_bundle
 from bundle.reader import MANIFEST_FILE, ONNX_FILE, PROOF_FILE
 from cli import verify_data
 from cli.main import main
 from cli.verify import CANNOT_RUN, FAILED, PASSED
 from cli.verify_page import EXPECTED, GOT
+from parity.proof import proof_bytes
+from runtime import OutOfGpuMemory
 from samples.coco import write_smears
+from tests.server.fake_engine import FakeEngine
+from tests.server.gpus import Gpus, bundle_with, engine_record, installed
+from tests.server.proofs import proof_by
 
 QUICK = ["--engine", "onnxruntime", "--device", "cpu", "--batch-sizes", "1", "--canvases", "288x288"]
 
@@ -161,6 +168,91 @@ def test_the_only_engine_asked_for_cannot_run(capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr()
     assert "not run  tensorrt: " in said.out
     assert "no engine could be run" in said.err
+
+
+SM80, RTX_SM80 = "tensorrt-sm80-fp16.engine", "rtx-sm80-fp16.engine"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpus]:
+    with installed(monkeypatch, "sm80") as gpus:
+        yield gpus
+
+
+def built(folder: Path, *files: str, **how: Any) -> Bundle:
+    """A bundle whose built engines for 1 to 4 images answer as its proof says."""
+    return bundle_with(folder, *files, proof=proof_bytes(proof_by(FakeEngine())), **how)
+
+
+def engines_said(
+    path: Path, *words: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> tuple[dict[str, Any], str]:
+    """Name to what is said of it, and standard error."""
+    assert main(["verify", str(path), *words, "--format", "json"]) == status
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert document["passed"] == (status == PASSED)
+    return {engine["engine"]: engine for engine in document["engines"]}, said.err
+
+
+def test_a_built_engine_is_asked_in_the_sizes_it_was_built_for(
+    gpus: Gpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = built(tmp_path / "one", SM80)
+    said, complaint = engines_said(bundle.path, "--engine", "tensorrt", status=PASSED, capsys=capsys)
+    ((name, engine),) = said.items()
+    assert name == f"tensorrt {SM80} on cuda:0"
+    assert sorted({figures["batch_size"] for figures in engine["figures"]}) == [1, 4]
+    assert complaint == ""
+
+
+def test_a_size_that_an_engine_was_not_built_for_is_no_fault_of_its_answers(
+    gpus: Gpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = read_bundle(embedded_bundle())
+    (tmp_path / SM80).write_bytes(b"never read")
+    record = engine_record(SM80, tmp_path / SM80, most=1, canvases=source.manifest.canvases)
+    files = {path.name: path for path in (*source.path.iterdir(), tmp_path / SM80) if path.name != MANIFEST_FILE}
+    write_bundle(tmp_path / "one", source.manifest.model_copy(update={"engines": (record,)}), files)
+    words = ["--batch-sizes", "1,2", "--canvases", "288x288"]
+    said, complaint = engines_said(tmp_path / "one", *words, status=FAILED, capsys=capsys)
+    engine = said[f"tensorrt {SM80} on cuda:0"]
+    assert engine["verdict"] == "CANNOT"
+    assert "it is built for at most 1 images at once, and --batch-sizes asks for 2: leave that out, or" in engine["why"]
+    assert said["onnxruntime on cpu"]["verdict"] == "passed"
+    assert complaint.startswith(f"ddetr verify: not compared: tensorrt {SM80} on cuda:0: it is built for")
+    assert gpus.opened == []
+
+
+def test_an_engine_for_this_machine_that_cannot_be_opened_is_never_a_success(
+    gpus: Gpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = built(tmp_path / "two", SM80, RTX_SM80)
+    gpus.cuda.fail("allocate", OutOfGpuMemory("cudaMalloc of 25 MiB: out of memory"), 2)
+    said, complaint = engines_said(bundle.path, "--engine", "tensorrt", status=FAILED, capsys=capsys)
+    assert said[f"tensorrt {SM80} on cuda:0"]["verdict"] == "CANNOT"
+    assert said[f"tensorrt {RTX_SM80} on cuda:0"]["verdict"] == "passed"
+    assert f"not compared: tensorrt {SM80} on cuda:0: cudaMalloc of 25 MiB: out of memory" in complaint
+
+
+def test_an_engine_passed_over_beside_one_that_runs_is_told(
+    gpus: Gpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = built(tmp_path / "two", SM80, RTX_SM80)
+    monkeypatch.setattr(gpus.trt["rtx"], "__version__", "1.8.0", raising=False)
+    said, complaint = engines_said(bundle.path, "--engine", "tensorrt", status=FAILED, capsys=capsys)
+    assert said[f"tensorrt {SM80} on cuda:0"]["verdict"] == "passed"
+    assert "it was built with rtx 10.14, and 1.8.0 is installed: build it again" in complaint
+
+
+def test_an_engine_for_another_gpu_is_none_of_this_machine(
+    gpus: Gpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = built(tmp_path / "other", "tensorrt-sm90-fp16.engine")
+    said, complaint = engines_said(bundle.path, "--engine", "tensorrt", status=CANNOT_RUN, capsys=capsys)
+    assert said["tensorrt"]["verdict"] == "not run"
+    assert "has no engine for tensorrt-sm80-fp16; it has tensorrt-sm90-fp16" in said["tensorrt"]["why"]
+    assert "not compared" not in complaint
 
 
 @pytest.mark.parametrize("sizes", ["0", "1,x", "-2", ""])
