@@ -261,11 +261,11 @@ def ways(bundle: Bundle, asked: str, device: str, sizes: tuple[int, ...] | None)
 def _beyond(record: EngineRecord, batch_sizes: Sequence[int]) -> str:
     """Why the engine cannot be asked in these sizes; empty where it can."""
     most = min((profile.max_batch_size for profile in record.profiles), default=max(batch_sizes))
-    if not (beyond := [str(size) for size in batch_sizes if size > most]):
+    if max(batch_sizes) <= most:
         return ""
     return (
-        f"it is built for at most {most} images at once, and --batch-sizes asks for {', '.join(beyond)}: leave that out, "
-        f"or build it with --max-batch-size {beyond[-1]}"
+        f"it is built for at most {most} images at once, and --batch-sizes asks for {max(batch_sizes)}: leave that "
+        f"out, or build it with --max-batch-size {max(batch_sizes)}"
     )
 
 
