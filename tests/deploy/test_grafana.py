@@ -1,5 +1,6 @@
 """The dashboard: what its panels name exists, each says what it shows and in what unit, and it is provisioned."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -53,12 +54,42 @@ NOT_SHOWN = {"ddetr_build_info", "ddetr_gate_seconds", "ddetr_parity_passed"}
 """Variables ask for the first; the second is a duration of the start; of the third the table of engines tells more."""
 
 
+NOT_OF_EVERY_DATASOURCE = [
+    *(f".annotations.list[{at}].{name}" for at in (0, 1) for name in ("step", "titleFormat", "textFormat")),
+    *(f".templating.list[{at}].definition" for at in (1, 2)),
+]
+"""What Prometheus in particular asks of an annotation, and what is shown of a variable."""
+
+
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_a_panel_says_what_it_shows(panel: dict[str, Any]) -> None:
     assert len(panel["description"]) > 20
     assert panel["fieldConfig"]["defaults"]["unit"]
     assert panel["targets"]
     assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+def unknown(ours: Any, understood: Any, place: str = "") -> list[str]:
+    """Where something of ours is not in what was understood, or is another value there."""
+    if isinstance(ours, dict) and isinstance(understood, dict):
+        missing = [f"{place}.{name}" for name in ours if name not in understood]
+        both = [name for name in ours if name in understood]
+        return missing + [each for name in both for each in unknown(ours[name], understood[name], f"{place}.{name}")]
+    if isinstance(ours, list) and isinstance(understood, list) and len(ours) == len(understood):
+        pairs = enumerate(zip(ours, understood, strict=True))
+        return [each for at, (one, other) in pairs for each in unknown(one, other, f"{place}[{at}]")]
+    return [] if ours == understood else [place]
+
+
+def test_panels_are_as_grafanas_own_schema_wants_them() -> None:
+    """Read and written again by its types: what they do not know, Grafana would not either."""
+    sdk = pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed").__name__
+    plugins, encoder, dashboard = (
+        importlib.import_module(f"{sdk}.{name}") for name in ("cog.plugins", "cog.encoder", "models.dashboard")
+    )
+    plugins.register_default_plugins()
+    understood = json.loads(json.dumps(dashboard.Dashboard.from_json(DASHBOARD), cls=encoder.JSONEncoder))
+    assert unknown(DASHBOARD, understood) == NOT_OF_EVERY_DATASOURCE
 
 
 def test_panels_have_their_own_numbers_and_places() -> None:
