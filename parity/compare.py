@@ -103,10 +103,10 @@ def faults(got: Answer, detections: int, categories: Collection[int]) -> tuple[s
     for name, shape in shapes.items():
         if (found := np.shape(getattr(got, name))) != shape:
             return (f"{name}: of shape {list(found)}, expected {list(shape)}",)
-    kinds = {"boxes": "f", "scores": "f", "labels": "i"}
-    for name, kind in kinds.items():
-        if (dtype := getattr(got, name).dtype).kind != kind:
-            return (f"{name}: of type {dtype}, expected {'float32' if kind == 'f' else 'int64'}",)
+    types = {"boxes": np.float32, "scores": np.float32, "labels": np.int64}
+    for name, type_ in types.items():
+        if (dtype := getattr(got, name).dtype) != type_:
+            return (f"{name}: of type {dtype}, expected {np.dtype(type_)}",)
     for name in ("boxes", "scores"):
         if wrong := int((~np.isfinite(getattr(got, name))).sum()):
             return (f"{name}: {wrong} not finite",)

@@ -92,6 +92,13 @@ def run_gate(
                 f"canvas {canvas}: canvas: the proof has none of this size, only {', '.join(map(str, proven))}"
             )
             continue
+        fewest = min((len(want.scores) for want in proven[canvas].expected), default=0)
+        if fewest < proof.detections:
+            failures.append(
+                f"canvas {canvas}: proof: a picture has {fewest} expected detections, engines return "
+                f"{proof.detections}: export the bundle again"
+            )
+            continue
         try:
             pictures = proven[canvas].pictures()
         except ProofInvalid as error:

@@ -114,6 +114,9 @@ def test_the_signature_of_a_known_fault_is_found_below_noise_as_large(noise: flo
 FAULTS = {
     "boxes: of shape [20, 4], expected [40, 4]": lambda a: Answer(a.boxes[:20], a.scores, a.labels),
     "labels: of type float32, expected int64": lambda a: Answer(a.boxes, a.scores, a.labels.astype(np.float32)),
+    "labels: of type int32, expected int64": lambda a: Answer(a.boxes, a.scores, a.labels.astype(np.int32)),
+    "boxes: of type float16, expected float32": lambda a: Answer(a.boxes.astype(np.float16), a.scores, a.labels),
+    "scores: of type float64, expected float32": lambda a: Answer(a.boxes, a.scores.astype(np.float64), a.labels),
     "scores: 1 not finite": lambda a: Answer(a.boxes, np.where(np.arange(K) == 3, np.nan, a.scores), a.labels),
     "boxes: 4 not finite": lambda a: Answer(np.where(np.arange(K)[:, None] == 3, np.inf, a.boxes), a.scores, a.labels),
     "scores: not descending": lambda a: Answer(a.boxes, a.scores[::-1], a.labels),

@@ -17,7 +17,7 @@ from bundle import Bundle, Canvas, embedded_bundle, read_bundle
 from export.precision import to_half
 from export.trace import trace
 from models import load_checkpoint
-from parity import GateReport, Infer, Proof, read_proof, run_gate
+from parity import Expected, GateReport, Infer, Proof, read_proof, run_gate
 from parity.gate import batches_of
 from tests.parity.test_proof import small_proof
 
@@ -194,6 +194,21 @@ def test_a_canvas_without_a_proof_is_a_failure() -> None:
     proof = small_proof()
     report = run_gate(lambda i, s: answer(proof, i, s), proof, "fp32", (1,), [Canvas(height=64, width=64)])
     assert report.failures == ("canvas 64x64: canvas: the proof has none of this size, only 32x64",)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_proof_with_too_few_candidates_is_a_failure(kept: int) -> None:
+    """An engine that returns K detections cannot be held against fewer, nor against none."""
+    proof = small_proof()
+    (part,) = proof.canvases
+    first, *rest = part.expected
+    short = Expected(first.boxes[:kept], first.scores[:kept], first.labels[:kept])
+    cut = replace(proof, canvases=(replace(part, expected=(short, *rest) if kept else ()),))
+    report = run_gate(lambda i, s: answer(proof, i, s), cut, "fp32", (1, 2))
+    assert report.failures == (
+        f"canvas 32x64: proof: a picture has {kept} expected detections, engines return {proof.detections}: "
+        "export the bundle again",
+    )
 
 
 @pytest.mark.parametrize("best", [0.9, 0.2])
