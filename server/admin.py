@@ -11,7 +11,7 @@ from server.body import read_body
 from server.errors import BadBody, BadParameter, BodyTimeout, BundleNotPromoted
 from server.promote import Trial
 from server.routes import gate_content, json_response, while_connected
-from server.schema import ADMIN_GET_RESPONSES, ADMIN_POST_RESPONSES
+from server.schema import ADMIN_DELETE_RESPONSES, ADMIN_GET_RESPONSES, ADMIN_POST_RESPONSES
 from server.service import Service
 from server.swap import Swaps
 
@@ -46,14 +46,22 @@ class SwapRequest(BaseModel):
         Field(
             ge=0,
             le=100,
-            description="of the live pictures that are shown to it first, 16 MiB or less once decoded; 0: none",
+            description="of the live pictures, shown to it before the switch and to the old bundle after it, while "
+            "that is kept ready (rollback_seconds); 0: none, and no disagreement is noticed. Where the bundles resize "
+            "differently, pictures of more than 16 MiB once decoded are not shown, but counted",
         ),
     ] = 0.0
     shadow_seconds: Annotated[
-        float, Field(gt=0, le=_LONGEST_TRIAL_S, allow_inf_nan=False, description="for how long")
+        float,
+        Field(gt=0, le=_LONGEST_TRIAL_S, allow_inf_nan=False, description="for how long, before the switch"),
     ] = 60.0
     min_agreement: Annotated[
-        float, Field(ge=0, le=1, description="share of strong detections that both must find for it to be switched to")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of strong detections that both must find for it to be switched to, and to stay",
+        ),
     ] = 0.8
 
 
@@ -74,12 +82,7 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
             },
             "parameters": [
                 _KEY,
-                {
-                    "name": "wait",
-                    "in": "query",
-                    "description": "answer when the swap is over: 200, or 422 if the bundle is not in service",
-                    "schema": {"type": "boolean", "default": False},
-                },
+                _wait_parameter("answer when the swap is over: 200, or 422 if the bundle is not in service"),
             ],
         },
     )
@@ -104,6 +107,23 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
         await while_connected(request.receive, swap.over.wait())
         if swap.state != "promoted":
             raise BundleNotPromoted(f"swap {swap.id}: {swap.state}: {swap.reason}")
+        return json_response(swap.content())
+
+    @router.delete(
+        "/admin/bundle",
+        summary="End the swap under way",
+        status_code=202,
+        response_class=Response,
+        responses=ADMIN_DELETE_RESPONSES,
+        openapi_extra={"parameters": [_KEY, _wait_parameter("answer when the swap is over")]},
+    )
+    async def end(request: Request) -> Response:
+        """Before the switch nothing changes; after it, while the old bundle is kept ready, that one is back."""
+        wait = _wait(request)
+        swap = swaps.give_up("an administrator ended it")
+        if not wait:
+            return json_response(swap.content(), 202, {"Location": "/admin/bundle"})
+        await while_connected(request.receive, swap.over.wait())
         return json_response(swap.content())
 
     @router.get(
@@ -131,6 +151,11 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
         )
 
     return router
+
+
+def _wait_parameter(description: str) -> dict[str, Any]:
+    schema = {"type": "boolean", "default": False}
+    return {"name": "wait", "in": "query", "description": description, "schema": schema}
 
 
 def _wait(request: Request) -> bool:

@@ -56,7 +56,7 @@ def create_app(
     admin_keys = ApiKeys(settings.admin_keys, asker="/admin needs an admin key")
     service = Service(settings, _opened(settings, engine, metrics), metrics)
     patience_s = max(settings.gate_seconds, SWAP_GATE_SECONDS)
-    swaps = Swaps(service, lambda path: open_bundle(settings, path, metrics, patience_s))
+    swaps = Swaps(service, lambda path, given_up: open_bundle(settings, path, metrics, patience_s, given_up))
     builder = EngineBuilder(settings, service, swaps)
 
     tracing = open_tracing(version())

@@ -9,6 +9,7 @@ ServiceError                 status  code
 ├── PathForbidden               403  path_forbidden          of a bundle
 ├── BodyTimeout                 408  body_timeout
 ├── SwapInProgress              409  swap_in_progress        one at a time
+├── NoSwap                      409  no_swap                 none is under way that could be ended
 ├── BodyTooLarge                413  too_many_bytes
 ├── TooManyImages               413  too_many_images
 ├── MediaTypeUnsupported        415  unsupported_media_type
@@ -89,6 +90,12 @@ class SwapInProgress(ServiceError):
     """Another swap is under way."""
 
     status, code = 409, "swap_in_progress"
+
+
+class NoSwap(ServiceError):
+    """There is no swap that could be ended."""
+
+    status, code = 409, "no_swap"
 
 
 class BundleNotPromoted(ServiceError):

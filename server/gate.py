@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -55,19 +55,24 @@ class Proven:
     verdict: Verdict
 
 
+class GivenUp(Exception):
+    """Nobody waits for the engine any more."""
+
+
 def open_proven(
     settings: Settings,
     bundle: Bundle,
     metrics: Metrics,
     seconds: float | None = None,
     compared: set[tuple[str, str]] | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Proven:
     """The best engine for `bundle` that opens on this machine and answers right.
 
     `seconds` as for `prove`; by default the settings' `gate_seconds`. `compared`: source and precision of engines that
     had that time, so that more of their kind need none; this one's is put there. A TensorRT engine without a proof
-    counts as wrong. Raises StartupError where nothing opens, and its kind ParityFailed where an engine's answers are
-    wrong and the settings refuse others, or those of all are wrong.
+    counts as wrong. Raises StartupError where nothing opens, its kind ParityFailed where an engine's answers are wrong
+    and the settings refuse others, or those of all are wrong, and GivenUp once `given_up` says so between two steps.
     """
     proof = _read_proof(settings, bundle)
     seconds = settings.gate_seconds if seconds is None else seconds
@@ -91,6 +96,8 @@ def open_proven(
         unavailable.append(f"{candidate.name}: {error}")
 
     for candidate in _in_turn(settings, bundle, wrong):
+        if given_up():
+            raise GivenUp
         if candidate.needs_proof and proof is None and settings.gate:
             unproven = ParityFailed(f"{bundle.path} carries no proof of its answers: export it anew, or set --no-gate")
             refuse(candidate, candidate.name, unproven)
@@ -106,7 +113,7 @@ def open_proven(
                 verdict = Verdict(engine.name, "no proof" if settings.gate else "off", candidate.precision)
             else:
                 limit_s = 0.0 if kind in compared else seconds
-                verdict = prove(engine, proof, candidate.precision, settings.max_batch_size, limit_s)
+                verdict = prove(engine, proof, candidate.precision, settings.max_batch_size, limit_s, given_up)
         except ParityFailed as error:
             engine.close()
             refuse(candidate, engine.name, error)
@@ -129,11 +136,19 @@ def open_proven(
     raise StartupError("; ".join(closed))
 
 
-def prove(engine: Engine, proof: Proof, precision: str, max_batch_size: int, seconds: float) -> Verdict:
+def prove(
+    engine: Engine,
+    proof: Proof,
+    precision: str,
+    max_batch_size: int,
+    seconds: float,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Verdict:
     """Hold an engine against its bundle's proof: one batch of one on every canvas, and more while there is time.
 
     More is batches as large as they come, then smaller ones: each is begun only if it will likely be over when
-    `seconds` are. Raises ParityFailed, with the first of what is wrong, and StartupError where memory does not suffice.
+    `seconds` are. Raises ParityFailed, with the first of what is wrong, StartupError where memory does not suffice, and
+    GivenUp.
     """
     began_s = time.monotonic()
     infer = _Infer(engine)
@@ -142,6 +157,8 @@ def prove(engine: Engine, proof: Proof, precision: str, max_batch_size: int, sec
     left_out: list[str] = []
 
     def compare(batch_size: int, canvas: Canvas) -> None:
+        if given_up():
+            raise GivenUp
         report = run_gate(infer, proof, precision, [batch_size], canvases=[canvas], rounds=1)
         if infer.lacked is not None:
             raise StartupError(f"{engine.name} could not be compared: {infer.lacked}") from infer.lacked

@@ -122,7 +122,7 @@ class Metrics:
         )
         self.shadow_images = Counter(
             "ddetr_shadow_images",
-            "Live pictures shown to a new bundle, by how its answer compares.",
+            "Live pictures shown to a bundle beside the one in service, by how the answers compare.",
             ["outcome"],
             registry=self._registry,
         )
@@ -138,7 +138,7 @@ class Metrics:
             self.engine_builds.labels(outcome)
         for outcome in ("promoted", "rejected", "rolled_back"):
             self.swaps.labels(outcome)
-        for outcome in ("agreed", "disagreed", "failed", "dropped"):
+        for outcome in ("agreed", "disagreed", "failed", "dropped", "too_large"):
             self.shadow_images.labels(outcome)
 
     def watch_queue(self, depth: Callable[[], int], held_bytes: Callable[[], int]) -> None:

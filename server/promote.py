@@ -13,13 +13,16 @@ from typing import Any, Literal
 from bundle import BundleError, ModelName
 from server.errors import ParityFailed, PathForbidden, StartupError
 from server.gate import Verdict
-from server.served import LEAST_FAILURES, Opened, Served
+from server.served import CLOSE_S, LEAST_FAILURES, Opened, Served
 from server.service import Service
 from server.shadow import MOST_BYTES, Comparison, Shadow
 from server.worker import Worker
 
 Cause = Literal["request", "signal", "watch", "build"]
-State = Literal["opening", "shadowing", "warming", "watched", "retiring", "promoted", "rejected", "rolled_back"]
+State = Literal["opening", "warming", "shadowing", "watched", "retiring", "promoted", "rejected", "rolled_back"]
+
+OpenBundle = Callable[[Path, Callable[[], bool]], Opened]
+"""Opens the bundle in a folder; asked between steps whether that has been given up, it ends early by raising."""
 
 STOPPING = "the server is stopping"
 
@@ -27,11 +30,12 @@ _LOOK_S = 0.1  # between two looks at what may end a step early
 _REST_S = 10.0  # longest that a shadow's last picture may take
 _MOST_HANGING = 3
 """Openings and engines that may hang at once; their memory is lost until the process ends."""
+_SOON = 20  # pictures compared after the switch, from which on disagreement is acted upon at once
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a new bundle is tried on live pictures before it is switched to."""
+    """How a new bundle is tried on live pictures before it is switched to, and held against the old one after it."""
 
     percent: float = 0.0
     seconds: float = 60.0
@@ -51,6 +55,8 @@ class Swap:
     model: ModelName | None = None
     gate: tuple[Verdict, ...] = ()
     shadow: Comparison | None = None
+    shadow_after: Comparison | None = None
+    given_up: str | None = None  # why it is to be ended, if it can be
     began_at: float = field(default_factory=time.time)  # seconds since 1970
     ended_at: float | None = None
     wrong_answers: bool = False  # of an engine: that is why
@@ -67,6 +73,7 @@ class Swap:
             "model": None if self.model is None else self.model.model_dump(),
             "gate": [asdict(verdict) for verdict in self.gate],
             "shadow": None if self.shadow is None else asdict(self.shadow),
+            "shadow_after": None if self.shadow_after is None else asdict(self.shadow_after),
             "began_at": self.began_at,
             "ended_at": self.ended_at,
         }
@@ -81,19 +88,20 @@ class WrongAnswers(Rejected):
 
 
 class _Hangs(Rejected):
-    """... and its engine cannot be closed."""
+    """... its engine hangs: to wait until it is closed is no use."""
 
 
 class Promotion:
     """The steps of a swap. Everything but the opening runs in the event loop.
 
-    Open and prove the new bundle's engines beside the old ones, in a thread; show them live pictures, if that is asked
-    for; put them behind a queue and warm them; switch, between two requests. The old bundle finishes what it has begun
-    and is kept ready for `rollback_seconds`: if the new one's engines fail, it is back. Then it is let go, and `run`
-    ends, so there are never more than two bundles in memory.
+    Open and prove the new bundle's engines beside the old ones, in a thread; put them behind a queue and warm them;
+    show them live pictures, if that is asked for; switch, between two requests. The old bundle finishes what it has
+    begun and is kept ready for `rollback_seconds`, shown as many of the live pictures: if the new one's engines fail,
+    or the two agree too little, it is back. Then the other is let go, and `run` ends, so there are never more than two
+    bundles in memory.
     """
 
-    def __init__(self, service: Service, open_bundle: Callable[[Path], Opened]) -> None:
+    def __init__(self, service: Service, open_bundle: OpenBundle) -> None:
         self._service = service
         self._settings = service.settings
         self._open_bundle = open_bundle
@@ -105,41 +113,51 @@ class Promotion:
         Raises Rejected, or whatever nobody foresaw; cancelled, it leaves in service what is in service.
         """
         service = self._service
-        opened = await self._open(path, root)
+        opened = await self._open(swap, path, root)
         swap.path, swap.model, swap.gate = str(opened.path), opened.engines[0].manifest.model, opened.verdicts
         try:
             self._check(opened)
-            if swap.trial.percent:
-                swap.state = "shadowing"
-                await self._try(swap, opened)
             new = Served(opened, self._settings, service.metrics, service.clock)
-        except _Hangs:
-            raise
         except BaseException:
             await asyncio.to_thread(opened.close)
             raise
-        swap.state = "warming"
-        await self._warm(new)
+        try:
+            swap.state = "warming"
+            await self._warm(swap, new)
+            if swap.trial.percent:
+                swap.state = "shadowing"
+                service.look_after(new)
+                await self._try(swap, new)
+        except BaseException as error:
+            patience_s = CLOSE_S if isinstance(error, Rejected) and not isinstance(error, _Hangs) else 0.0
+            self._hanging += await service.retire(new, patience_s)
+            raise
         old = service.switch(new)
         swap.state = "watched"
-        swap.reason = await self._suspicion(new, old)
+        swap.reason = await self._watch(swap, new, old)
         if swap.reason is not None:
             service.switch(old)
         swap.state = "retiring"
-        await service.retire(old if swap.reason is None else new)
+        self._hanging += await service.retire(old if swap.reason is None else new)
         swap.state = "promoted" if swap.reason is None else "rolled_back"
 
-    async def _open(self, path: Path, root: Path | None) -> Opened:
+    async def _open(self, swap: Swap, path: Path, root: Path | None) -> Opened:
         self._hanging = [each for each in self._hanging if not each.done()]
         if len(self._hanging) >= _MOST_HANGING:
             raise Rejected(f"{len(self._hanging)} openings or engines hang, and hold their memory; restart the server")
         worker = Worker("bundle")
-        opening = worker.submit(_open_within, self._open_bundle, path, root)
+        left = False
+
+        def given_up() -> bool:
+            return left or swap.given_up is not None or self._service.stopping
+
+        opening = worker.submit(_open_within, self._open_bundle, path, root, given_up)
         worker.stop()
         waiting = asyncio.wrap_future(opening)
         try:
-            await self._in_time(waiting, "opening it")
+            await self._in_time(swap, waiting, Rejected("opening it takes longer than"))
         except BaseException:
+            left = True
             self._hanging.append(opening)
             waiting.add_done_callback(_forget)
             opening.add_done_callback(_close_late)
@@ -172,31 +190,30 @@ class Promotion:
             if self._settings.build_engine == "never" and _worse(verdict, served):
                 raise Rejected(f"{'; '.join(verdict.unavailable)}; {stands_in}")
 
-    async def _try(self, swap: Swap, opened: Opened) -> None:
+    async def _try(self, swap: Swap, new: Served) -> None:
         trial = swap.trial
-        shadow = Shadow(opened.engines[0], trial.percent, trial.least_agreement, self._service.metrics)
-        self._service.shadow = shadow
+        until_s = _now_s() + trial.seconds
+        shadow = self._show_to(new, trial)
         try:
-            until_s = _now_s() + trial.seconds
-            while (left_s := until_s - _now_s()) > 0 and not self._fails(shadow.so_far):
-                self._go_on()
+            while (left_s := until_s - _now_s()) > 0 and not self._fails(shadow.so_far) and not new.batcher.losses:
+                self._go_on(swap)
                 await asyncio.sleep(min(_LOOK_S, left_s))
                 swap.shadow = shadow.so_far
+            self._service.shadow = None
+            if not await shadow.rest(_REST_S):
+                raise _Hangs("its engine hangs on a live picture")
         finally:
             self._service.shadow = None
-            at_rest = shadow.stop()
-            await asyncio.wait([asyncio.wrap_future(at_rest)], timeout=_REST_S)
-            if not at_rest.done():
-                self._hanging.append(at_rest)
-                at_rest.add_done_callback(lambda _: opened.close())
-                raise _Hangs("its engine hangs on a live picture")
-        swap.shadow = seen = shadow.so_far
+            shadow.stop()
+            swap.shadow = seen = shadow.so_far
         if self._fails(seen):
             raise Rejected(f"its engine failed on {seen.failed} of {seen.failed + seen.compared} live pictures")
+        if new.batcher.losses:
+            raise Rejected("its engine died or hung on a live picture")
         if not seen.compared:
             raise Rejected(
-                f"no live picture was compared: {seen.dropped} dropped (it was busy, or they take more than "
-                f"{MOST_BYTES >> 20} MiB), {seen.failed} failed; try for longer, or with more percent"
+                f"no live picture was compared: {seen.dropped} dropped (it was busy), {seen.too_large} larger than "
+                f"{MOST_BYTES >> 20} MiB, {seen.failed} failed; try for longer, or with more percent"
             )
         if seen.agreement < trial.least_agreement:
             raise Rejected(
@@ -204,44 +221,76 @@ class Promotion:
                 f"asked for is {trial.least_agreement:g}"
             )
 
+    def _show_to(self, served: Served, trial: Trial) -> Shadow:
+        service = self._service
+        service.shadow = Shadow(served, trial.percent, trial.least_agreement, service.metrics, service.clock)
+        return service.shadow
+
     def _fails(self, seen: Comparison) -> bool:
         share = self._settings.rollback_error_percent / 100
         return seen.failed >= LEAST_FAILURES and seen.failed > share * (seen.failed + seen.compared)
 
-    async def _warm(self, new: Served) -> None:
+    async def _warm(self, swap: Swap, new: Served) -> None:
         warming = asyncio.ensure_future(new.warm())
         try:
-            await self._in_time(warming, "warming it")
+            await self._in_time(swap, warming, _Hangs("warming it takes longer than"))
             warming.result()
-            self._go_on()
-        except BaseException as error:
+            self._go_on(swap)
+        except Exception as error:
+            if isinstance(error, Rejected):
+                raise
+            raise Rejected(_explain(f"its engine fails: {type(error).__name__}: {error}")) from error
+        finally:
             warming.cancel()
-            self._hanging += await new.batcher.close()
-            if isinstance(error, Exception) and not isinstance(error, Rejected):
-                raise Rejected(_explain(f"its engine fails: {type(error).__name__}: {error}")) from error
-            raise
 
-    async def _suspicion(self, new: Served, old: Served) -> str | None:
+    async def _watch(self, swap: Swap, new: Served, old: Served) -> str | None:
         """Why the new bundle should make way for the old one again, if that shows while it is watched."""
         until_s = _now_s() + self._settings.rollback_seconds
-        while (left_s := until_s - _now_s()) > 0 and not self._service.stopping:
-            if old.batcher.works and (why := new.suspicion()) is not None:
-                return why
-            await asyncio.sleep(min(_LOOK_S, left_s))
-        return None
+        shadow = self._show_to(old, swap.trial) if swap.trial.percent else None
+        why: str | None = None
+        try:
+            while why is None and not self._service.stopping:
+                left_s = until_s - _now_s()
+                if shadow is not None:
+                    swap.shadow_after = shadow.so_far
+                if old.batcher.works:
+                    why = swap.given_up or new.suspicion() or _differs(swap, _SOON if left_s > 0 else LEAST_FAILURES)
+                if left_s <= 0:
+                    break
+                if why is None:
+                    await asyncio.sleep(min(_LOOK_S, left_s))
+            return why
+        finally:
+            self._service.shadow = None
+            if shadow is not None:
+                shadow.stop()
 
-    async def _in_time(self, work: asyncio.Future[Any], doing: str) -> None:
-        """Wait until `work` is done. Raises Rejected if that takes too long or the server stops."""
+    async def _in_time(self, swap: Swap, work: asyncio.Future[Any], late: Rejected) -> None:
+        """Wait until `work` is done. Raises what `_go_on` does, and `late`, with the seconds, if it takes too long."""
         until_s = _now_s() + self._settings.swap_timeout_seconds
         while not work.done():
-            self._go_on()
+            self._go_on(swap)
             if _now_s() >= until_s:
-                raise Rejected(f"{doing} takes longer than {self._settings.swap_timeout_seconds:g} s")
+                raise type(late)(f"{late} {self._settings.swap_timeout_seconds:g} s")
             await asyncio.wait([work], timeout=_LOOK_S)
+        self._go_on(swap)
 
-    def _go_on(self) -> None:
+    def _go_on(self, swap: Swap) -> None:
         if self._service.stopping:
             raise Rejected(STOPPING)
+        if swap.given_up is not None:
+            raise Rejected(swap.given_up)
+
+
+def _differs(swap: Swap, least: int) -> str | None:
+    """Why the old bundle's answers to `least` pictures or more are reason enough to go back to it, if they are."""
+    seen, trial = swap.shadow_after, swap.trial
+    if seen is None or seen.compared < least or seen.agreement >= trial.least_agreement:
+        return None
+    return (
+        f"over {seen.compared} live pictures after the switch its answers agree with the old bundle's to "
+        f"{seen.agreement:.3f}, asked for is {trial.least_agreement:g}"
+    )
 
 
 def check_within(place: Path, root: Path, path: Path) -> None:
@@ -250,12 +299,12 @@ def check_within(place: Path, root: Path, path: Path) -> None:
         raise PathForbidden(f"{path} leads out of bundle_root {root}")
 
 
-def _open_within(open_bundle: Callable[[Path], Opened], path: Path, root: Path | None) -> Opened:
+def _open_within(open_bundle: OpenBundle, path: Path, root: Path | None, given_up: Callable[[], bool]) -> Opened:
     """Open what `path` leads to, once links are followed. Raises PathForbidden if that is outside of `root`."""
     place = path.resolve()
     if root is not None:
         check_within(place, root.resolve(), path)
-    return open_bundle(place)
+    return open_bundle(place, given_up)
 
 
 def _worse(verdict: Verdict, served: Sequence[Verdict]) -> bool:

@@ -269,12 +269,15 @@ METRICS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class ShadowSchema(BaseModel):
-    """What came of the live pictures that a new bundle was shown."""
+    """What came of the live pictures that were shown to the other bundle, too."""
 
     compared: int
     disagreed: int
     failed: int
-    dropped: int = Field(description="not shown: the new engine was busy, or the picture too large to keep")
+    dropped: int = Field(description="not shown: the other engine was busy")
+    too_large: int = Field(
+        description="not shown: the bundles resize differently, and the decoded picture is larger than 16 MiB"
+    )
     agreement: float = Field(description="mean share of strong detections that both bundles find")
 
 
@@ -288,7 +291,8 @@ class SwapSchema(BaseModel):
     reason: str | None = Field(description="why the bundle is not in service")
     model: ModelNameSchema | None
     gate: list[GateSchema]
-    shadow: ShadowSchema | None
+    shadow: ShadowSchema | None = Field(description="before the switch, shown to the new bundle")
+    shadow_after: ShadowSchema | None = Field(description="after the switch, shown to the old one")
     began_at: float = Field(description="seconds since 1970")
     ended_at: float | None
 
@@ -315,6 +319,14 @@ _ADMIN_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 ADMIN_GET_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"model": SwapsSchema}, **_ADMIN_ERRORS}
+
+ADMIN_DELETE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": SwapSchema, "description": "with wait: what became of it"},
+    202: {"model": SwapSchema, "description": "it will end soon"},
+    **_ADMIN_ERRORS,
+    400: {"model": RefusalSchema, "description": _ERRORS[400]},
+    409: {"model": RefusalSchema, "description": "no swap is under way that could be ended"},
+}
 
 ADMIN_POST_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"model": SwapSchema, "description": "with wait: the bundle is in service, and the one before is gone"},

@@ -1,7 +1,9 @@
 """One bundle at work: its engines behind their queue, what is known of their speed, and the requests that use it."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ from server.preprocess import PreparedImage
 from server.settings import Settings
 
 LEAST_FAILURES = 3  # one picture that no engine takes, and its sender's two further tries, condemn no bundle
-_CLOSE_S = 10.0  # longest wait for engines to give their memory back
+CLOSE_S = 10.0  # longest wait for engines to give their memory back
 
 
 @dataclass(eq=False)
@@ -37,26 +39,35 @@ class Opened:
             engine.close()
 
 
-def open_bundle(settings: Settings, path: Path, metrics: Metrics, gate_seconds: float) -> Opened:
+def open_bundle(
+    settings: Settings,
+    path: Path,
+    metrics: Metrics,
+    gate_seconds: float,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Opened:
     """The settings' engines for the bundle in folder `path`, proven. Raises BundleError or StartupError.
 
-    The first engine of a file has `gate_seconds` to be compared in; for the others, and for one that takes a lost one's
-    place, one picture a canvas is enough.
+    The first engine of a file on a kind of device has `gate_seconds` to be compared in; for others of that kind, and
+    for one that takes a lost one's place, one picture a canvas is enough. One that takes such a place and is of a kind
+    that is new here has the settings' `gate_seconds`. `given_up`: see `open_proven`.
     """
     path = path.resolve()  # what a link leads to later is another bundle
     bundle = read_bundle(path)
     places = placements(settings)
     compared: set[tuple[str, str]] = set()
+    telling = threading.Lock()  # engines may be lost at once, and each is opened in a thread of its own
 
     def reopen(number: int) -> Engine:
-        proven = open_proven(places[number], read_bundle(path), metrics, seconds=0.0)
-        opened.verdicts = (*opened.verdicts[:number], proven.verdict, *opened.verdicts[number + 1 :])
+        proven = open_proven(places[number], read_bundle(path), metrics, settings.gate_seconds, compared)
+        with telling:
+            opened.verdicts = (*opened.verdicts[:number], proven.verdict, *opened.verdicts[number + 1 :])
         return proven.engine
 
     opened = Opened([], [partial(reopen, number) for number in range(len(places))], path)
     try:
         for place in places:
-            proven = open_proven(place, bundle, metrics, gate_seconds, compared)
+            proven = open_proven(place, bundle, metrics, gate_seconds, compared, given_up)
             opened.engines = [*opened.engines, proven.engine]
             opened.verdicts = (*opened.verdicts, proven.verdict)
     except BaseException:
@@ -139,6 +150,6 @@ class Served:
         """Run every engine on every canvas, so that no request pays for a first time. Errors are raised."""
         await self.batcher.warm()
 
-    async def close(self) -> None:
-        """Fail what is left, and wait, not for ever, until the engines have given their memory back."""
-        await self.batcher.close(_CLOSE_S)
+    async def close(self, patience_s: float = CLOSE_S) -> list[Future[None]]:
+        """Fail what is left, and wait, not for ever, until the engines have given their memory back; see `Batcher`."""
+        return await self.batcher.close(patience_s)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -26,7 +27,7 @@ from server.postprocess import Detection, postprocess
 from server.preprocess import Pixels, PreparedImage, preprocess
 from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
-from server.served import Opened, Served
+from server.served import CLOSE_S, Opened, Served
 from server.settings import Settings
 from server.shadow import Copy, Shadow
 from server.timing import StageTimes
@@ -60,8 +61,8 @@ class Service:
         self.served = Served(opened, settings, metrics, clock)
         """What new requests are answered by."""
         self.shadow: Shadow | None = None
-        """What live pictures are shown to as well, while a new bundle is tried."""
-        self._beside: list[Served] = []  # what others may still be answered by, or again
+        """What live pictures are shown to as well, while a new bundle is tried or watched."""
+        self._beside: list[Served] = []  # what others may still be answered by, or again, or soon
         self._limits = Limits(
             images=settings.queue_limit,
             queued_bytes=settings.max_queued_bytes or _QUEUED_BODIES * settings.max_body_bytes,
@@ -113,6 +114,10 @@ class Service:
                 self.clock() - started_s,
             )
 
+    def look_after(self, served: Served) -> None:
+        """See to the engines of a bundle that is warm and gets no requests yet, until it is switched to or retired."""
+        self._beside = [*self._beside, served]
+
     def switch(self, served: Served) -> Served:
         """Answer new requests by `served`, which is warm, from now on. Returns what they were answered by so far.
 
@@ -125,12 +130,16 @@ class Service:
         self._tell_model()
         return before
 
-    async def retire(self, served: Served) -> None:
-        """Let a bundle go that no new request gets, once no request uses it, and its memory with it."""
+    async def retire(self, served: Served, patience_s: float = CLOSE_S) -> list[Future[None]]:
+        """Let a bundle go that no new request gets, once no request uses it, and its memory with it.
+
+        A future is of an engine that has not given it back after `patience_s`.
+        """
         await served.unused()
         self._beside = [each for each in self._beside if each is not served]
-        await served.close()
+        hanging = await served.close(patience_s)
         await asyncio.to_thread(give_back)
+        return hanging
 
     def drain(self) -> None:
         """Let nobody in any more; what was admitted is finished."""
@@ -196,7 +205,7 @@ class Service:
         wanted_ids = category_ids(options.classes, served.manifest.categories)
 
         async def detect_one(upload: bytes | ImageError, place: Place) -> Outcome:
-            copy = None if self.shadow is None else self.shadow.want()
+            copy = None if self.shadow is None else self.shadow.want(served)
             try:
                 if isinstance(upload, ImageError):
                     raise upload
@@ -205,7 +214,7 @@ class Service:
                 place.decoded(image.canvas)
                 inferred = await served.infer(image, deadline_s, place.dispatched, ticket.priority)
                 if copy is not None:
-                    copy.show(inferred.raw, served.manifest.categories)
+                    copy.show(inferred.raw)
             except ServiceError as error:
                 return error
             finally:
@@ -267,9 +276,9 @@ class Service:
 
         def prepare(picture: Pixels) -> PreparedImage:
             decoded_s = self.clock()
-            if copy is not None:
-                copy.keep(picture)
             pixels, canvas = preprocess(picture, manifest)
+            if copy is not None:
+                copy.keep(picture, pixels, canvas)
             times = StageTimes(
                 admit=(admitted_s - arrived_s) * 1e3,
                 decode=(decoded_s - admitted_s) * 1e3,

@@ -7,16 +7,14 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 from bundle import BundleError
 from bundle.reader import MANIFEST_FILE, read_manifest
-from server.errors import Draining, PathForbidden, SwapInProgress
-from server.promote import STOPPING, Cause, Promotion, Rejected, Trial, WrongAnswers, check_within
+from server.errors import Draining, NoSwap, PathForbidden, SwapInProgress
+from server.promote import STOPPING, Cause, OpenBundle, Promotion, Rejected, Trial, WrongAnswers, check_within
 from server.promote import Swap as Swap
-from server.served import Opened
 from server.service import Service
 
 logger = logging.getLogger("ddetr.swap")
@@ -31,7 +29,7 @@ _REMEMBERED = 20
 class Swaps:
     """One swap at a time, and what became of the last ones. For the event loop."""
 
-    def __init__(self, service: Service, open_bundle: Callable[[Path], Opened]) -> None:
+    def __init__(self, service: Service, open_bundle: OpenBundle) -> None:
         self.history: deque[Swap] = deque(maxlen=_REMEMBERED)
         """Newest last; the one under way included."""
         self._service = service
@@ -66,6 +64,16 @@ class Swaps:
 
         self._task = asyncio.get_running_loop().create_task(run())
         return swap
+
+    def give_up(self, why: str) -> Swap:
+        """End the swap under way soon: with the bundle that was in service before it. Raises NoSwap."""
+        last = self.history[-1] if self.history else None
+        if last is None or last.over.is_set():
+            raise NoSwap("no swap is under way")
+        if last.state == "retiring":
+            raise NoSwap(f"swap {last.id} to {last.path} is over but for letting a bundle go: swap to the other one")
+        last.given_up = last.given_up or why
+        return last
 
     def reload(self, cause: Cause) -> None:
         """Swap to what the settings' `bundle` leads to now, unless that is in service. During a swap: after it."""

@@ -37,7 +37,7 @@ def test_without_admin_keys_it_is_closed_and_says_how_to_open_it(
 def test_an_admin_key_is_needed_and_no_other_key_will_do() -> None:
     async def test(site: SwapSite) -> None:
         for headers in ({}, {"X-API-Key": "public"}, {"Authorization": "Bearer secre"}, {"X-API-Key": ""}):
-            for method in ("GET", "POST"):
+            for method in ("GET", "POST", "DELETE"):
                 response = await site.client.request(method, ADMIN, headers=headers, json={"path": "/bundles/8"})
                 assert error(response)[:2] == (401, "unauthorized")
         assert not site.swaps.history
@@ -178,7 +178,7 @@ def test_the_schema_knows_it_only_where_it_is_open() -> None:
     closed = create_app(Settings(bundle=Path("none")), FakeEngine()).openapi()
     opened = create_app(Settings(bundle=Path("none"), admin_keys="secret"), FakeEngine()).openapi()  # type: ignore[arg-type]
     assert ADMIN not in closed["paths"]
-    assert set(opened["paths"][ADMIN]) == {"get", "post"}
+    assert set(opened["paths"][ADMIN]) == {"get", "post", "delete"}
 
 
 def test_no_key_shows_in_the_settings() -> None:

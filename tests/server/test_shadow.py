@@ -1,8 +1,9 @@
 """A new bundle's engine is shown live pictures first, and no live request notices."""
 
 import asyncio
-import threading
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Awaitable, Callable
 
 import httpx2
 import numpy as np
@@ -12,14 +13,19 @@ from PIL import Image
 from bundle import ResizeRule, canvases_for
 from server.engine import RawDetections, RawImageDetections
 from server.metrics import Metrics
-from server.shadow import Copy, Shadow, agreement
-from tests.server.fake_engine import MANIFEST, FakeEngine, Inputs
+from server.preprocess import Pixels, preprocess
+from server.served import Opened, Served
+from server.settings import Settings
+from server.shadow import Comparison, Shadow, agreement
+from tests.server.fake_engine import MANIFEST, POISON, FakeEngine, Inputs
 from tests.server.pictures import GREEN, RED, encode, rectangle
-from tests.server.swap_site import FIRST, SwapSite, run
+from tests.server.swap_site import FIRST, KEY, SwapSite, run
 
 NAMES = {1: "red", 2: "green"}
 LEFT, RIGHT = (0.0, 0.0, 0.4, 1.0), (0.6, 0.0, 1.0, 1.0)
 PICTURE = np.full((40, 60, 3), 200, np.uint8)
+RULE = ResizeRule(shortest=128, longest=192)
+OTHER_SIZE = MANIFEST.model_copy(update={"resize": RULE, "canvases": canvases_for(RULE)})
 
 
 def answer(*found: tuple[tuple[float, float, float, float], float, int]) -> RawImageDetections:
@@ -67,69 +73,135 @@ def test_labels_are_compared_by_name() -> None:
     assert agreement(answer((LEFT, 0.9, 1)), NAMES, answer((LEFT, 0.9, 1)), renumbered) == 0.0
 
 
-def shadow(engine: FakeEngine, percent: float = 100.0) -> Shadow:
-    return Shadow(engine, percent, 0.8, Metrics())
+class Trial:
+    """A shadow of a bundle beside another one that answers, and what live requests do with it."""
+
+    def __init__(self, engine: FakeEngine, percent: float = 100.0) -> None:
+        settings, self.metrics = Settings(bundle="none"), Metrics()  # type: ignore[arg-type]
+        self.engine = engine
+        self.live = Served(Opened([FakeEngine()]), settings, self.metrics, lambda: 0.0)
+        self.served = Served(Opened([engine]), settings, self.metrics, lambda: 0.0)
+        self.shadow = Shadow(self.served, percent, 0.8, self.metrics, lambda: 0.0)
+
+    def show(self, picture: Pixels = PICTURE, given: RawImageDetections | None = None) -> bool:
+        """A live request from its picture to its answer; whether the picture was wanted."""
+        copy = self.shadow.want(self.live)
+        if copy is not None:
+            copy.keep(picture, *preprocess(picture, MANIFEST))
+            copy.show(answer() if given is None else given)
+            copy.leave()
+        return copy is not None
 
 
-def wanted(copy: Copy | None) -> Copy:
-    assert copy is not None
-    return copy
+def in_loop(test: Callable[[Trial], Awaitable[None]], engine: FakeEngine | None = None, percent: float = 100) -> None:
+    async def body() -> None:
+        trial = Trial(engine or FakeEngine(), percent)
+        try:
+            async with asyncio.timeout(30):
+                await test(trial)
+        finally:
+            trial.engine.gate.set()
+            trial.shadow.stop()
+            for served in (trial.live, trial.served):
+                await served.close()
+
+    asyncio.run(body())
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(100, 40), (50, 20), (10, 4), (2.5, 1), (0.5, 0)])
 def test_so_many_percent_are_wanted(percent: float, expected: int) -> None:
-    shown = 0
-    trial = shadow(FakeEngine(), percent)
-    for _ in range(40):
-        if (copy := trial.want()) is not None:
-            shown += 1
-            copy.leave()
-    assert shown == expected
-    trial.stop().result(30)
+    async def test(trial: Trial) -> None:
+        shown = 0
+        for _ in range(40):
+            if (copy := trial.shadow.want(trial.live)) is not None:
+                shown += 1
+                copy.leave()
+        assert shown == expected
+
+    in_loop(test, percent=percent)
+
+
+def test_what_the_shadow_itself_answers_is_not_shown_to_it() -> None:
+    async def test(trial: Trial) -> None:
+        assert trial.shadow.want(trial.served) is None
+        assert trial.shadow.want(trial.live) is not None
+
+    in_loop(test)
 
 
 def test_what_comes_while_it_is_busy_is_dropped_and_nothing_waits() -> None:
-    engine = FakeEngine()
-    engine.gate.clear()
-    trial = shadow(engine)
-    for _ in range(20):
-        if (copy := trial.want()) is not None:
-            copy.keep(PICTURE)
-            copy.show(answer(), NAMES)
-            copy.leave()
-    assert trial.so_far.dropped == 16
-    engine.gate.set()
-    trial.stop().result(30)
-    seen = trial.so_far
-    assert seen.compared <= 4
-    assert (seen.failed, seen.dropped) == (0, 16)
+    async def test(trial: Trial) -> None:
+        trial.engine.gate.clear()
+        assert sum(trial.show() for _ in range(20)) == 4
+        assert trial.shadow.so_far.dropped == 16
+        await asyncio.to_thread(trial.engine.entered.acquire)
+        trial.engine.gate.set()
+        while trial.shadow.so_far.compared < 4:
+            await asyncio.sleep(0)
+        assert trial.shadow.so_far == Comparison(4, 4, 0, 16, 0, 0.0)
+        assert [size for size, _ in trial.engine.batches] == [1] * 4, "one at a time"
+        assert trial.show()
+
+    in_loop(test)
 
 
 def test_places_come_back_however_a_picture_ends() -> None:
-    trial = shadow(FakeEngine())
-    for number in range(50):
-        copy = wanted(trial.want())
-        if number % 2:
-            copy.keep(PICTURE)
-        if number % 3:
-            done = threading.Event()
-            copy.show(answer(), NAMES)
-            trial._worker.submit(done.set)
-            assert done.wait(30)
-        copy.leave()
-    seen = trial.so_far
-    assert seen.compared + seen.dropped == 33
-    trial.stop().result(30)
+    async def test(trial: Trial) -> None:
+        for number in range(50):
+            copy = trial.shadow.want(trial.live)
+            assert copy is not None
+            if number % 2:
+                picture = np.full((40, 60, 3), POISON if number % 3 else 200, np.uint8)
+                copy.keep(picture, *preprocess(picture, MANIFEST))
+                before = trial.shadow.so_far
+                copy.show(answer())
+                while trial.shadow.so_far == before:
+                    await asyncio.sleep(0)
+            copy.leave()
+            copy.leave()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    in_loop(test)
 
 
-def test_a_picture_too_large_to_keep_is_dropped() -> None:
-    trial = shadow(FakeEngine())
-    copy = wanted(trial.want())
-    copy.keep(np.zeros((4000, 4000, 3), np.uint8))
-    copy.show(answer(), NAMES)
-    copy.leave()
-    trial.stop().result(30)
-    assert (trial.so_far.compared, trial.so_far.dropped) == (0, 1)
+def test_at_rest_it_has_waited_for_the_engine_and_asks_nothing_more() -> None:
+    async def test(trial: Trial) -> None:
+        trial.engine.gate.clear()
+        assert [trial.show() for _ in range(3)] == [True] * 3
+        await asyncio.to_thread(trial.engine.entered.acquire)
+        assert not await trial.shadow.rest(0.01)
+        trial.engine.gate.set()
+        assert await trial.shadow.rest(30)
+        assert trial.shadow.want(trial.live) is None
+        assert len(trial.engine.batches) == 1
+
+    in_loop(test)
+
+
+def test_a_large_picture_is_shown_as_the_engine_in_service_gets_it() -> None:
+    async def test(trial: Trial) -> None:
+        trial.show(np.full((4000, 4000, 3), 200, np.uint8))
+        while not trial.shadow.so_far.compared:
+            await asyncio.sleep(0)
+        assert trial.shadow.so_far.too_large == 0
+
+    in_loop(test)
+
+
+def test_a_large_picture_is_counted_where_the_bundle_wants_it_in_another_size() -> None:
+    async def test(trial: Trial) -> None:
+        trial.show(np.zeros((4000, 4000, 3), np.uint8))
+        trial.show()
+        while not trial.shadow.so_far.compared:
+            await asyncio.sleep(0)
+        seen = trial.shadow.so_far
+        assert (seen.compared, seen.too_large, seen.dropped) == (1, 1, 0)
+        assert b'ddetr_shadow_images_total{outcome="too_large"} 1.0' in trial.metrics.exposition()
+        await asyncio.sleep(0)
+        assert [trial.show() for _ in range(4)] == [True] * 4, "its place came back"
+
+    in_loop(test, FakeEngine(OTHER_SIZE))
 
 
 class Clock:
@@ -231,8 +303,7 @@ def test_a_bundle_that_fails_on_live_pictures_ends_the_trial_early(clock: Clock)
 
 def test_a_bundle_of_another_size_is_shown_the_picture_as_it_wants_it(clock: Clock) -> None:
     async def test(site: SwapSite) -> None:
-        rule = ResizeRule(shortest=128, longest=192)
-        site.bundles.manifests["8"] = MANIFEST.model_copy(update={"resize": rule, "canvases": canvases_for(rule)})
+        site.bundles.manifests["8"] = OTHER_SIZE
         swapping = await shown(site, 4)
         clock.now_s = 61
         content = (await swapping).json()
@@ -283,6 +354,7 @@ def test_engines_that_hang_in_a_trial_are_counted(clock: Clock, monkeypatch: pyt
 
 def test_a_trial_in_which_nothing_was_compared_promotes_nothing(clock: Clock) -> None:
     async def test(site: SwapSite) -> None:
+        site.bundles.manifests["8"] = OTHER_SIZE
         swapping = site.swap("/bundles/8", shadow_percent=100, shadow_seconds=60, min_agreement=0)
         await site.until(lambda: site.service.shadow is not None)
         large = encode(Image.new("RGB", (2400, 2400)))
@@ -290,7 +362,7 @@ def test_a_trial_in_which_nothing_was_compared_promotes_nothing(clock: Clock) ->
         clock.now_s = 61
         response = await swapping
         assert response.status_code == 422
-        assert "no live picture was compared: 1 dropped (it was busy, or they take more than 16 MiB)" in response.text
+        assert "no live picture was compared: 0 dropped (it was busy), 1 larger than 16 MiB, 0 failed" in response.text
         assert site.bundles.opened["8"].closed
         assert await site.version() == FIRST
 
@@ -303,5 +375,166 @@ def test_draining_ends_a_trial(clock: Clock) -> None:
         site.service.drain()
         assert "the server is stopping" in (await swapping).text
         assert site.bundles.opened["8"].closed
+
+    run(test)
+
+
+# After the switch
+
+
+async def switched(site: SwapSite, clock: Clock, pictures: int = 4, **more: object) -> "asyncio.Task[httpx2.Response]":
+    """A swap whose new bundle has agreed with the old one so far, and is in service now."""
+    swapping = await shown(site, pictures, **more)
+    clock.now_s += 61
+    await site.until(lambda: site.service.served.manifest.model.version == "8")
+    await site.until(lambda: site.service.shadow is not None)
+    return swapping
+
+
+async def watched(site: SwapSite, count: int) -> None:
+    """So many pictures are answered by the new bundle, and shown to the old one."""
+    shadow = site.service.shadow
+    assert shadow is not None
+    for _ in range(count):
+        before = shadow.so_far
+        response = await site.post()
+        assert (response.status_code, response.json()["model"]["version"]) == (200, "8")
+        await site.until(lambda before=before: shadow.so_far != before)  # type: ignore[misc]
+
+
+def test_a_bundle_that_disagrees_after_the_switch_makes_way_for_the_old_one(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await switched(site, clock)
+        await watched(site, 5)
+        become(Mover)(site.bundles.opened["8"])
+        new = weakref.ref(site.service.served)
+        asked = 5
+        while await site.version() == "8":
+            asked += 1
+            await asyncio.sleep(0.01)
+        assert asked >= 20
+        response = await swapping
+        (swap,) = (await site.state())["swaps"]
+        seen = swap["shadow_after"]
+        assert (swap["state"], seen["compared"] >= 20, seen["disagreed"]) == ("rolled_back", True, seen["compared"] - 5)
+        assert swap["shadow"]["agreement"] == 1.0
+        why = f"over {seen['compared']} live pictures after the switch its answers agree with the old bundle's to 0."
+        assert why in swap["reason"]
+        assert response.status_code == 422
+        assert f"rolled_back: {swap['reason']}" in response.json()["error"]["message"]
+        assert await site.version() == FIRST
+        assert site.bundles.opened["8"].closed
+        assert not site.first.closed
+        assert site.service.shadow is None
+        text = await site.metrics()
+        assert 'ddetr_bundle_swaps_total{outcome="rolled_back"} 1.0' in text
+        assert f"rolled_back: {why}" in caplog.text
+        assert await is_gone(new)
+
+    run(test, rollback_seconds=3600)
+
+
+def test_few_pictures_that_differ_are_a_reason_when_the_time_is_over_and_not_before(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await switched(site, clock)
+        become(Mover)(site.bundles.opened["8"])
+        await watched(site, 3)
+        await asyncio.sleep(0.25)  # some looks
+        assert await site.version() == "8"
+        clock.now_s += 3601
+        assert "after the switch its answers agree" in (await swapping).text
+        assert await site.version() == FIRST
+
+    run(test, rollback_seconds=3600)
+
+
+def test_a_bundle_that_agrees_after_the_switch_stays_and_the_old_one_is_let_go(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        old = weakref.ref(site.service.served)
+        swapping = await switched(site, clock)
+        await watched(site, 25)
+        clock.now_s += 3601
+        content = (await swapping).json()
+        assert content["state"] == "promoted"
+        assert (content["shadow_after"]["compared"], content["shadow_after"]["agreement"]) == (25, 1.0)
+        assert site.first.closed
+        assert site.service.shadow is None
+        assert await site.version() == "8"
+        assert await is_gone(old)
+
+    run(test, rollback_seconds=3600)
+
+
+async def is_gone(bundle: "weakref.ref[Served]") -> bool:
+    """Whether nothing that was under way keeps it, once the service has looked after its engines again."""
+    for _ in range(100):
+        gc.collect()
+        if bundle() is None:
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+def test_a_bundle_that_nobody_wanted_shown_is_not_held_against_the_old_one(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        site.bundles.on_open["8"] = become(Mover)
+        swapping = site.swap("/bundles/8")
+        await site.until(lambda: site.service.served.manifest.model.version == "8")
+        for _ in range(25):
+            assert await site.version() == "8"
+        assert site.service.shadow is None
+        clock.now_s += 3601
+        content = (await swapping).json()
+        assert (content["state"], content["shadow_after"]) == ("promoted", None)
+
+    run(test, rollback_seconds=3600)
+
+
+def test_an_old_engine_that_hangs_or_dies_after_the_switch_holds_nobody_up(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await switched(site, clock)
+        site.first.gate.clear()
+        for _ in range(10):
+            assert await site.version() == "8"
+        shadow = site.service.shadow
+        assert shadow is not None
+        assert shadow.so_far.dropped >= 5
+        clock.now_s += 3601
+        await site.until(lambda: site.swaps.history[-1].state == "retiring")
+        assert await site.version() == "8"
+        site.first.gate.set()
+        assert (await swapping).json()["state"] == "promoted"
+
+    run(test, rollback_seconds=3600)
+
+
+def test_what_ends_on_the_old_bundle_is_not_shown_to_it(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await shown(site, 4)
+        held = await site.hold()
+        clock.now_s += 61
+        site.first.gate.set()
+        assert (await held).status_code == 200
+        await site.until(lambda: site.service.served.manifest.model.version == "8")
+        await site.until(lambda: site.service.shadow is not None)
+        shadow = site.service.shadow
+        assert shadow is not None
+        assert shadow.want(site.service._beside[0]) is None
+        clock.now_s += 3601
+        await swapping
+
+    run(test, rollback_seconds=3600)
+
+
+def test_an_administrator_ends_a_trial(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await shown(site, 1)
+        begun = await site.client.delete("/admin/bundle", headers=KEY)
+        assert (begun.status_code, begun.json()["state"]) == (202, "shadowing")
+        assert "rejected: an administrator ended it" in (await swapping).text
+        assert site.bundles.opened["8"].closed
+        assert await site.version() == FIRST
 
     run(test)

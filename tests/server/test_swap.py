@@ -129,7 +129,7 @@ def test_a_swap_does_not_fall_back_unless_what_is_in_service_has() -> None:
         assert "tensorrt: canvas 64x64: boxes" in answer.json()["error"]["message"]
         assert site.bundles.opened["8"].closed
         site.service.served.opened.verdicts = (
-            await asyncio.to_thread(site.bundles, site.service.settings, Path("/x"), site.service.metrics, 0.0)
+            await asyncio.to_thread(site.bundles, site.service.settings, Path("/x"), site.service.metrics, 0.0, bool)
         ).verdicts
         assert (await site.swap("/bundles/9")).status_code == 200
 
