@@ -17,7 +17,7 @@ from runtime import OutOfGpuMemory
 from server.app import create_app
 from server.engine import Candidate, RawDetections
 from server.errors import ParityFailed, StartupError
-from server.gate import open_proven, prove
+from server.gate import GivenUp, open_proven, prove
 from server.metrics import Metrics
 from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.settings import Settings
@@ -112,6 +112,19 @@ def bundle(tmp_path: Path, proof: Proof) -> Bundle:
 
 def failures(metrics: Metrics, kind: str) -> bool:
     return f'ddetr_parity_failures_total{{engine="{kind}"}} 1.0'.encode() in metrics.exposition()
+
+
+def test_a_comparison_that_nobody_waits_for_ends_early_and_lets_the_engine_go(kinds: Kinds, bundle: Bundle) -> None:
+    settings = Settings(bundle=bundle.path, max_batch_size=4)
+    with pytest.raises(GivenUp):
+        open_proven(settings, bundle, Metrics(), ALL_S, given_up=lambda: bool(kinds.opened and kinds.opened[0].batches))
+    (engine,) = kinds.opened
+    assert len(engine.batches) == 1
+    assert engine.closed
+    kinds.kinds = ["opens not", "right"]
+    with pytest.raises(GivenUp):
+        open_proven(settings, bundle, Metrics(), ALL_S, given_up=lambda: True)
+    assert len(kinds.opened) == 1
 
 
 def test_a_right_engine_passes_on_every_canvas_batch_size_and_slot(proof: Proof) -> None:

@@ -1,7 +1,11 @@
 """One bundle at work: who uses it, and whether it is to be trusted."""
 
 import asyncio
+import sys
+import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +13,11 @@ import pytest
 from bundle import Canvas
 from server.errors import EngineFailed
 from server.estimate import Estimate
+from server.gate import Proven, Verdict
 from server.metrics import Metrics
-from server.served import Opened, Served
+from server.served import Opened, Served, open_bundle
 from server.settings import Settings
+from server.worker import Worker
 from tests.server.bench import NEVER_S, WIDE, Bench
 from tests.server.fake_engine import POISON, FakeEngine
 
@@ -110,3 +116,52 @@ def test_with_no_canvas_in_common_all_are_as_likely() -> None:
         new.observe(canvas, 1, 1.0)
     new.take_over(old)
     assert new.mix() == {WIDE: 0.5, TALL: 0.5}
+
+
+# Opened from a folder
+
+
+class Proving:
+    """Stands in for `open_proven`: notes what it is asked for, and says what it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: list[float | None] = []
+        self.compared: list[object] = []
+        self.verdict = Verdict("fake", "passed")
+        monkeypatch.setattr("server.served.read_bundle", lambda path: None)
+        monkeypatch.setattr("server.served.open_proven", self)
+
+    def __call__(
+        self, settings: Settings, bundle: object, metrics: Metrics, seconds: float, compared: object, *_: object
+    ) -> Proven:
+        self.seconds.append(seconds)
+        self.compared.append(compared)
+        return Proven(FakeEngine(), replace(self.verdict, engine=threading.current_thread().name))
+
+
+def test_engines_lost_at_once_each_have_their_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Proving(monkeypatch)
+    opened = open_bundle(Settings(bundle=tmp_path, engine_instances=4), tmp_path, Metrics(), 0.0)
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(200):
+            opened.verdicts = tuple(Verdict("lost", "passed") for _ in range(4))
+            workers = [Worker(f"lane-{number}") for number in range(4)]
+            reopened = [worker.submit(open_one) for worker, open_one in zip(workers, opened.reopen, strict=True)]
+            for each, worker in zip(reopened, workers, strict=True):
+                each.result(30)
+                worker.stop()
+            assert [verdict.engine for verdict in opened.verdicts] == [f"lane-{number}" for number in range(4)]
+    finally:
+        sys.setswitchinterval(before_s)
+
+
+def test_an_engine_in_a_lost_ones_place_is_compared_as_one_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proving = Proving(monkeypatch)
+    opened = open_bundle(Settings(bundle=tmp_path, gate_seconds=3.0), tmp_path, Metrics(), 60.0)
+    opened.reopen[0]()
+    assert proving.seconds == [60.0, 3.0], "a kind that is new here has the time of a start"
+    assert proving.compared[0] is proving.compared[1]

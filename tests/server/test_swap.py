@@ -4,6 +4,7 @@ import asyncio
 import threading
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from bundle import HashMismatch, ResizeRule, canvases_for
@@ -12,7 +13,7 @@ from server.gate import Verdict
 from server.swap import Swap
 from tests.server.fake_engine import MANIFEST, FakeEngine
 from tests.server.pictures import RED, encode, poison, rectangle
-from tests.server.swap_site import FIRST, SwapSite, run
+from tests.server.swap_site import FIRST, KEY, SwapSite, run
 from tests.server.test_load import PNG
 from tests.server.test_service import Sender
 from tests.server.tiny_bundle import write_tiny_bundle
@@ -409,6 +410,78 @@ def test_an_engine_lost_after_a_swap_is_opened_from_the_bundle_that_it_served() 
         site.bundles.opened["8"].trouble = "raise"
         assert await site.version() == "8"
         assert site.bundles.count == 2
+
+    run(test)
+
+
+# Ended by an administrator
+
+
+async def end(site: SwapSite, *, wait: bool = False) -> httpx2.Response:
+    return await site.client.delete(f"/admin/bundle{'?wait=true' if wait else ''}", headers=KEY)
+
+
+def test_an_opening_is_ended_and_told_to_end_early() -> None:
+    async def test(site: SwapSite) -> None:
+        site.bundles.gate.clear()
+        swapping = site.swap("/bundles/8")
+        await asyncio.to_thread(site.bundles.entered.acquire)
+        assert not site.bundles.given_up()
+        ended = await end(site)
+        assert (ended.status_code, ended.json()["state"]) == (202, "opening")
+        answer = await swapping
+        assert "swap 1: rejected: an administrator ended it" in answer.json()["error"]["message"]
+        assert site.bundles.given_up()
+        site.bundles.gate.set()
+        await site.until(lambda: "8" in site.bundles.opened and site.bundles.opened["8"].closed)
+        assert (await site.swap("/bundles/9")).status_code == 200
+        assert not site.bundles.given_up()
+
+    run(test)
+
+
+def test_an_opening_that_took_too_long_or_that_the_server_stops_in_is_told_so() -> None:
+    async def test(site: SwapSite) -> None:
+        site.bundles.gate.clear()
+        await site.swap("/bundles/8")
+        assert site.bundles.given_up()
+        swapping = site.swap("/bundles/9")
+        await site.until(lambda: not site.bundles.given_up())
+        site.service.drain()
+        assert site.bundles.given_up()
+        await swapping
+
+    run(test, swap_timeout_seconds=0.2)
+
+
+def test_while_the_old_bundle_is_ready_it_is_back() -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = site.swap("/bundles/8")
+        await site.until(lambda: site.service.served.manifest.model.version == "8")
+        ended = await end(site, wait=True)
+        assert (ended.status_code, ended.json()["state"]) == (200, "rolled_back")
+        assert ended.json()["reason"] == "an administrator ended it"
+        assert (await swapping).status_code == 422
+        assert await site.version() == FIRST
+        assert site.bundles.opened["8"].closed
+        assert not site.first.closed
+
+    run(test, rollback_seconds=3600)
+
+
+def test_where_there_is_nothing_to_end_it_is_409() -> None:
+    async def test(site: SwapSite) -> None:
+        none = await end(site)
+        assert (none.status_code, none.json()["error"]["code"]) == (409, "no_swap")
+        held = await site.hold()
+        swapping = site.swap("/bundles/8")
+        await site.until(lambda: bool(site.swaps.history) and site.swaps.history[-1].state == "retiring")
+        late = await end(site)
+        assert (late.status_code, late.json()["error"]["code"]) == (409, "no_swap")
+        assert "swap 1 to /bundles/8 is over but for letting a bundle go" in late.json()["error"]["message"]
+        site.first.gate.set()
+        assert (await held).status_code == (await swapping).status_code == 200
+        assert (await end(site)).status_code == 409
 
     run(test)
 
