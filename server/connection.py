@@ -10,6 +10,42 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.observe import log_refusal
 from server.respond import error_content
 
+_JOINED_BYTES = 64 * 1024
+"""Up to here a body is copied to go with its head; the system's call for a second piece costs more."""
+
+
+class _Answer:
+    """The transport as uvicorn sees it while it answers one request: the head waits for the body, and goes with it.
+
+    Not for a HEAD, of which the body is never written.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = None  # b"" once it is sent
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        """Keep the head; send all else, with the head before it."""
+        if self._head is None and not data.startswith(b"HTTP/1.1 100 "):
+            self._head = data
+        elif self._head and len(data) <= _JOINED_BYTES:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
+        else:
+            self._send_head()
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close the connection once all is sent."""
+        self._send_head()
+        self._transport.close()
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
 
 class Connection(HttpToolsProtocol):
     """What the service itself never gets to see.
@@ -84,6 +120,8 @@ class Connection(HttpToolsProtocol):
         self._headers_are_here()
         self._body_bytes = self._bytes_around = 0
         super().on_headers_complete()
+        if self.scope["method"] != "HEAD":
+            self.cycle.transport = _Answer(self.transport)  # type: ignore[assignment]
         if self.expect_100_continue:
             self.cycle.keep_alive = False
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import Any, ClassVar
 
 import pytest
 import uvicorn
@@ -19,7 +20,10 @@ class Hasty(Connection):
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
-    """/read answers with the number of bytes in the body, /refuse before it has read any, /large with very many."""
+    """/read answers with the number of bytes in the body, /refuse before it has read any, /large with very many.
+
+    /fail ends after the head, /pieces sends a body in three.
+    """
     size = 0
     if scope["path"] == "/read":
         while True:
@@ -32,7 +36,35 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
     await send(
         {"type": "http.response.start", "status": 503 if scope["path"] == "/refuse" else 200, "headers": headers}
     )
+    if scope["path"] == "/fail":
+        return
+    if scope["path"] == "/pieces":
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await send({"type": "http.response.body", "body": content[:1], "more_body": True})
+        content = content[1:]
     await send({"type": "http.response.body", "body": content})
+
+
+class Writes:
+    """A transport, and what was written to it."""
+
+    def __init__(self, transport: asyncio.Transport, written: list[bytes]) -> None:
+        self._transport = transport
+        self._written = written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self._written.append(data)
+        self._transport.write(data)
+
+
+class Recorded(Hasty):
+    written: ClassVar[list[bytes]] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(Writes(transport, self.written))  # type: ignore[arg-type]
 
 
 class Client:
@@ -77,12 +109,14 @@ class Listener(uvicorn.Server):
 
 
 def run(test: Callable[[Callable[[], Awaitable[Client]]], Awaitable[None]]) -> None:
+    Recorded.written.clear()
+
     async def body() -> None:
         config = uvicorn.Config(
             application,
             host="127.0.0.1",
             port=0,
-            http=Hasty,
+            http=Recorded,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -254,5 +288,37 @@ def test_requests_that_are_sent_ahead_get_their_answers_in_order() -> None:
         for size in range(5):
             await client.send("POST /read HTTP/1.1", HOST, f"Content-Length: {size}", "", body=bytes(size))
         assert [(await client.answer())[2] for _ in range(5)] == [str(size).encode() for size in range(5)]
+
+    run(test)
+
+
+def test_an_answer_is_one_write() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for _ in range(2):
+            await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 0", "")
+            await client.answer()
+        assert len(Recorded.written) == 2
+
+    run(test)
+
+
+def test_a_body_in_pieces_comes_whole() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("GET /pieces HTTP/1.1", HOST, "")
+        assert (await client.answer())[2] == b"0"
+
+    run(test)
+
+
+def test_a_head_alone_is_sent_too() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for _ in range(2):
+            await client.send("HEAD /read HTTP/1.1", HOST, "")
+            assert (await client._reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        await client.send("GET /fail HTTP/1.1", HOST, "")
+        assert (await client.closed()).startswith(b"HTTP/1.1 200 ")
 
     run(test)
