@@ -88,6 +88,13 @@ def test_every_alert_says_who_should_look_what_is_wrong_and_where_to_read_on() -
         assert anchor in anchors((ROOT / page).read_text(encoding="utf-8")), f"{page} explains no {name}"
 
 
+def test_the_page_of_operations_has_these_alerts_and_no_others() -> None:
+    """With the severity that they have, and what to do."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    told = re.findall(r"^### (Ddetr\w+)\n\n\*\*(\w+)\.\*\* .+ \*What to do:\* .+", text, re.MULTILINE)
+    assert told == [(name, rule["labels"]["severity"]) for name, rule in ALERTS.items()]
+
+
 def test_every_alert_fires_in_a_test() -> None:
     fired = set()
     for path in FOLDER.glob("tests/*.yml"):
