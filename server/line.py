@@ -32,6 +32,7 @@ class Line:
         self._decode_threads = decode_threads
         self._clock = clock
         self._counts: Counter[tuple[Stage, Priority, Canvas | None]] = Counter()  # without zeros
+        self._total = 0  # of these
         self._bytes: Counter[Priority] = Counter()
         self._expected: deque[tuple[float, Place]] = deque()  # since when
         self._dispatched_s = clock()
@@ -43,7 +44,7 @@ class Line:
         self._learnt_s: dict[Priority, float] = {"interactive": 0.0, "batch": 0.0}  # when the margins were
 
     def __len__(self) -> int:
-        return self._counts.total()
+        return self._total
 
     def use(self, estimate: Estimate) -> None:
         """Predict by another estimate from now on."""
@@ -165,11 +166,14 @@ class Line:
     def _move(self, place: "Place", stage: Stage | None, canvas: Canvas | None = None) -> None:
         if place.stage is not None:
             key = (place.stage, place.priority, place.canvas)
-            self._counts[key] -= 1
-            if not self._counts[key]:
+            self._total -= 1
+            if self._counts[key] > 1:
+                self._counts[key] -= 1
+            else:
                 del self._counts[key]
         place.stage, place.canvas = stage, canvas
         if stage is not None:
+            self._total += 1
             self._counts[stage, place.priority, canvas] += 1
         if stage == "running":
             self._dispatched_s = self._clock()

@@ -1,15 +1,14 @@
 """The engine's arrays to a list of detections in the picture's pixels."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from server.engine import RawImageDetections
 
 
-@dataclass(frozen=True)
-class Detection:
+class Detection(NamedTuple):
     """One object found."""
 
     label: str

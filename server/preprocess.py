@@ -51,6 +51,8 @@ def lay_in(images: Sequence[Pixels], batch: Pixels, sizes: NDArray[np.int64]) ->
     for slot, pixels in enumerate(images):
         height, width, _ = pixels.shape
         batch[slot, :height, :width] = pixels
-        batch[slot, :height, width:] = 0
-        batch[slot, height:] = 0
+        if width < batch.shape[2]:
+            batch[slot, :height, width:] = 0
+        if height < batch.shape[1]:
+            batch[slot, height:] = 0
         sizes[slot] = height, width
