@@ -1,7 +1,6 @@
 """One bundle at work: who uses it, and whether it is to be trusted."""
 
 import asyncio
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -140,21 +139,37 @@ class Proving:
 
 
 def test_engines_lost_at_once_each_have_their_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    second_reads, first_wrote = threading.Event(), threading.Event()
+
+    class Slow(Opened):
+        """The second engine's opener dawdles once it has read what is known of the first one."""
+
+        @property
+        def verdicts(self) -> tuple[Verdict, ...]:
+            known = self._known
+            if threading.current_thread().name == "second" and not second_reads.is_set():
+                second_reads.set()
+                first_wrote.wait(0.3)
+            return known
+
+        @verdicts.setter
+        def verdicts(self, verdicts: tuple[Verdict, ...]) -> None:
+            self._known = verdicts
+            if threading.current_thread().name == "first":
+                first_wrote.set()
+
     Proving(monkeypatch)
-    opened = open_bundle(Settings(bundle=tmp_path, engine_instances=4), tmp_path, Metrics(), 0.0)
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(200):
-            opened.verdicts = tuple(Verdict("lost", "passed") for _ in range(4))
-            workers = [Worker(f"lane-{number}") for number in range(4)]
-            reopened = [worker.submit(open_one) for worker, open_one in zip(workers, opened.reopen, strict=True)]
-            for each, worker in zip(reopened, workers, strict=True):
-                each.result(30)
-                worker.stop()
-            assert [verdict.engine for verdict in opened.verdicts] == [f"lane-{number}" for number in range(4)]
-    finally:
-        sys.setswitchinterval(before_s)
+    monkeypatch.setattr("server.served.Opened", Slow)
+    opened = open_bundle(Settings(bundle=tmp_path, engine_instances=2), tmp_path, Metrics(), 0.0)
+    first, second = Worker("first"), Worker("second")
+    reopened = [second.submit(opened.reopen[1])]
+    assert second_reads.wait(30)
+    reopened.append(first.submit(opened.reopen[0]))
+    for each in reopened:
+        each.result(30)
+    first.stop()
+    second.stop()
+    assert [verdict.engine for verdict in opened.verdicts] == ["first", "second"]
 
 
 def test_an_engine_in_a_lost_ones_place_is_compared_as_one_of_its_kind(
