@@ -62,6 +62,7 @@ class Connection(HttpToolsProtocol):
     headers_within_s: ClassVar[float] = 10.0
     most_header_bytes: ClassVar[int] = 64 * 1024
 
+    _in_headers = False  # or before them
     _headers_timer: asyncio.TimerHandle | None = None
     _answer_timer: asyncio.TimerHandle | None = None
     _message_begun = False  # and not complete
@@ -72,6 +73,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
+        self._in_headers = True
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -83,12 +85,14 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take in a piece of a request, of the rest of one, or of several."""
-        if self._message_begun and self._headers_timer is not None:
+        if self._message_begun and self._in_headers:
             self._header_bytes += len(data)
         elif self._message_begun:
             self._bytes_around += len(data)  # less those of the body, when it is known which these are
         super().data_received(data)
-        if self._message_begun and self._headers_timer is not None:
+        if self._message_begun and self._in_headers:
+            if self._headers_timer is None:  # most requests' headers come at once
+                self._await_headers()
             if self._header_bytes > self.most_header_bytes:
                 self._refuse(431, "too_many_header_bytes", f"more than {self.most_header_bytes} bytes of headers")
         elif self._message_begun:
@@ -106,13 +110,13 @@ class Connection(HttpToolsProtocol):
         """The first byte of a request is here."""
         self._message_begun = True
         super()._unset_keepalive_if_required()
-        if self._headers_timer is None:
-            self._await_headers()
+        if not self._in_headers:
+            self._in_headers, self._header_bytes = True, 0
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; trailers are nothing to the service, and would be added to the headers."""
-        if self._headers_timer is not None:
+        if self._in_headers:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -144,7 +148,7 @@ class Connection(HttpToolsProtocol):
 
     def _unset_keepalive_if_required(self) -> None:
         # The rest of a body that nobody wants keeps no connection open.
-        if not self._message_begun or self._headers_timer is not None or self._is_answering():
+        if not self._message_begun or self._in_headers or self._is_answering():
             super()._unset_keepalive_if_required()
 
     def _is_idle(self) -> bool:
@@ -155,10 +159,10 @@ class Connection(HttpToolsProtocol):
         return cycle is not None and not cycle.response_complete
 
     def _await_headers(self) -> None:
-        self._header_bytes = 0
         self._headers_timer = self.loop.call_later(self.headers_within_s, self._headers_are_late)
 
     def _headers_are_here(self) -> None:
+        self._in_headers = False
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None

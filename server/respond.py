@@ -15,7 +15,7 @@ from server.timing import StageTimes
 Box: TypeAlias = tuple[float, float, float, float]
 
 # Finer than any engine's error, and half the bytes of full precision.
-_PIXEL_DIGITS, _NORMALIZED_DIGITS, _SCORE_DIGITS = 3, 6, 6
+_PIXEL_STEPS, _NORMALIZED_STEPS, _SCORE_STEPS = 1e3, 1e6, 1e6  # in 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def image_content(outcome: Outcome, options: DetectOptions) -> dict[str, Any]:
             {
                 "label": detection.label,
                 "class_id": detection.class_id,
-                "score": round(detection.score, _SCORE_DIGITS),
+                "score": _round(detection.score, _SCORE_STEPS),
                 "box": convert_box(
                     detection.box_xyxy_px, options.box_format, options.units, outcome.width, outcome.height
                 ),
@@ -107,9 +107,9 @@ def coco_body(outcomes: Sequence[Outcome], categories: Mapping[int, str], file_n
                     "image_id": image_id,
                     "category_id": detection.class_id,
                     "bbox": box,
-                    "area": round(box[2] * box[3], _PIXEL_DIGITS),
+                    "area": _round(box[2] * box[3], _PIXEL_STEPS),
                     "iscrowd": 0,
-                    "score": round(detection.score, _SCORE_DIGITS),
+                    "score": _round(detection.score, _SCORE_STEPS),
                 }
             )
     named = [{"id": category_id, "name": name} for category_id, name in categories.items()]
@@ -124,13 +124,18 @@ def error_content(code: str, message: str) -> dict[str, Any]:
 def convert_box(box_xyxy_px: Box, box_format: BoxFormat, units: Units, width: int, height: int) -> list[float]:
     """The box in the caller's format and units, rounded."""
     x0, y0, x1, y1 = box_xyxy_px
-    digits = _PIXEL_DIGITS
+    steps = _PIXEL_STEPS
     if units == "normalized":
         x0, y0, x1, y1 = x0 / width, y0 / height, x1 / width, y1 / height
-        digits = _NORMALIZED_DIGITS
+        steps = _NORMALIZED_STEPS
     box = [x0, y0, x1, y1]
     if box_format == "xywh":
         box = [x0, y0, x1 - x0, y1 - y0]
     elif box_format == "cxcywh":
         box = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
-    return [round(value, digits) for value in box]
+    return [int(value * steps + 0.5) / steps for value in box]
+
+
+def _round(value: float, steps: float) -> float:
+    """Of what is never negative, as `round` does it, in less than half the time."""
+    return int(value * steps + 0.5) / steps

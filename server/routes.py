@@ -25,6 +25,7 @@ from server.shortcut import Endpoint
 from server.timing import server_timing, slowest, until_answered
 
 DETECT_PATH = "/detect"
+_ALL_DEFAULTS = DetectOptions()
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def build_detect(service: Service) -> Endpoint:
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
         arrived_s: float = request.state.arrived_s
-        options = parse_options(request.query_params.multi_items())
+        options = parse_options(request.query_params.multi_items()) if request.scope["query_string"] else _ALL_DEFAULTS
         served = service.served
         category_ids(options.classes, served.manifest.categories)  # unknown ones are refused before the body is read
         deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
