@@ -85,7 +85,7 @@ class Candidate:
     name: str
     precision: str  # whose limits its answers are held to: "fp32", "tf32", "fp16" or "int8"
     open: OpenEngine  # raises StartupError
-    source: str = ""  # what it opens: answers by the same source are as right on another device of its kind
+    source: str = ""  # what it opens, and on which kind of device: all of that kind answer alike
     needs_proof: bool = False  # it was built: the graph alone says nothing of its answers
 
 
@@ -95,6 +95,7 @@ class PassedOver:
 
     name: str
     why: str
+    comes: bool = False  # it is for others to serve until it is built
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}"
@@ -104,12 +105,18 @@ def candidates(settings: Settings, bundle: Bundle) -> list[Candidate]:
     """The engines that settings, bundle and machine allow, the best first; none is opened.
 
     Best is a TensorRT engine of the bundle for this GPU, then ONNX Runtime on the GPU, then on the CPU; without a
-    precision asked for, half before float32, and 8 bits never. Raises StartupError, saying of each why not.
+    precision asked for, half before float32, and 8 bits never. Where TensorRT alone is wanted, ONNX Runtime is allowed
+    for as long as an engine is still to be built. Raises StartupError, saying of each why not.
     """
     ways = ways_to_run(settings, bundle)
     found = [way for way in ways if isinstance(way, Candidate)]
     if not found:
-        raise StartupError("; ".join(str(way) for way in ways if isinstance(way, PassedOver)))
+        why = "; ".join(str(way) for way in ways if isinstance(way, PassedOver))
+        if any(isinstance(way, PassedOver) and way.comes for way in ways):
+            why += " (device=auto would let the CPU serve until it is built)"
+        elif settings.engine == "tensorrt":
+            why += " (engine=auto would let ONNX Runtime serve)"
+        raise StartupError(why)
     return found
 
 
@@ -164,7 +171,8 @@ def ways_to_run(settings: Settings, bundle: Bundle) -> list[Candidate | PassedOv
             ways += tensorrt_ways(settings, bundle)
         elif settings.engine == "tensorrt":
             ways.append(PassedOver("tensorrt", "it runs on NVIDIA GPUs, and device is 'cpu'"))
-    if settings.engine in ("auto", "onnxruntime"):
+    comes = any(isinstance(way, PassedOver) and way.comes for way in ways)
+    if comes or settings.engine in ("auto", "onnxruntime"):
         from server.onnxruntime_engine import onnxruntime_ways
 
         ways += onnxruntime_ways(settings, bundle)

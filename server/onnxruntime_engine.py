@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 import plugins
 from bundle import Bundle, Canvas, Manifest
+from runtime import RuntimeUnavailable, gpus
 from server.cores import available_cores, sums_bytes_exactly
 from server.engine import Candidate, PassedOver, RawDetections
 from server.errors import StartupError
@@ -53,13 +54,26 @@ def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Pas
         else:
             on = settings.model_copy(update={"device": "cpu" if provider == _CPU else settings.device})
             opening = partial(OnnxRuntimeEngine, bundle, on, graph, provider)
-            ways.append(Candidate(name, precision, opening, source=f"{graph} by {provider}"))
+            kind = "" if provider == _CPU else f" on {_kind_of_gpu(settings.device)}"
+            ways.append(Candidate(name, precision, opening, source=f"{graph} by {provider}{kind}"))
     return ways
 
 
 def _stands_in(settings: Settings) -> bool:
     """Whether it is to serve in float32 until a TensorRT engine in half has been built."""
-    return (settings.engine, settings.precision, settings.build_engine) == ("auto", "fp16", "background")
+    return settings.engine != "onnxruntime" and (settings.precision, settings.build_engine) == ("fp16", "background")
+
+
+def _kind_of_gpu(device: str) -> str:
+    """Its name; where nothing tells that, the device's, which is then taken for another kind than any other."""
+    try:
+        return gpus()[_index(device)].name
+    except (RuntimeUnavailable, IndexError):
+        return device
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +93,7 @@ class OnnxRuntimeEngine:
         """`graph`: the bundle's model.onnx, unless another is given. Raises StartupError."""
         self.manifest: Manifest = bundle.manifest
         graph = graph or bundle.onnx_path
-        index = int(settings.device.partition(":")[2] or 0)
+        index = _index(settings.device)
         device = "cpu" if provider == _CPU else f"cuda:{index}"
         self._placed = None if provider == _CPU else ("cuda", index)
         library = plugins.onnxruntime_library()

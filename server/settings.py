@@ -24,7 +24,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DDETR_", extra="forbid", frozen=True)
 
     bundle: Path = Field(default_factory=embedded_bundle, description="folder of the bundle to serve")
-    engine: Literal["auto", "onnxruntime", "tensorrt"] = Field("auto", description="what runs the network")
+    engine: Literal["auto", "onnxruntime", "tensorrt"] = Field(
+        "auto", description="what runs the network; tensorrt: nothing else, but until build_engine has built one"
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|all|cuda|cuda:\d+(,cuda:\d+)*)$",
@@ -35,8 +37,8 @@ class Settings(BaseSettings):
     )
     build_engine: Literal["never", "background"] = Field(
         "never",
-        description="background: for a bundle without a TensorRT engine for this GPU build one while it is served, and "
-        "swap to it",
+        description="background: for a bundle without a TensorRT engine for this GPU build one while ONNX Runtime "
+        "serves, and swap to it",
     )
     engine_cache: Path = Field(
         default_factory=_engine_cache, description="folder of engines built so, and of what RTX compiles"
@@ -58,7 +60,12 @@ class Settings(BaseSettings):
     bundle_root: Path | None = Field(None, description="folder that bundles posted to /admin/bundle must lie in")
     watch_bundle: bool = Field(False, description="swap to what `bundle` leads to whenever that changes")
     swap_timeout_seconds: float = Field(600.0, gt=0, description="longest that a new bundle may take to be opened")
-    rollback_seconds: float = Field(30.0, ge=0, description="after a swap, how long the old bundle is kept ready")
+    rollback_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="after a swap, how long the old bundle is kept ready, and held against the new one if the swap was "
+        "asked for with shadow_percent",
+    )
     rollback_error_percent: float = Field(
         5.0, ge=0, le=100, description="of a new bundle's images; if its engine fails on more, the old one is back"
     )

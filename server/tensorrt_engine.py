@@ -56,7 +56,7 @@ def tensorrt_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Passed
 
 def _candidate(name: str, bundle: Bundle, settings: Settings, record: EngineRecord, gpu: Gpu, path: Path) -> Candidate:
     opening = partial(TensorRTEngine, bundle, settings, record, gpu, path)
-    return Candidate(name, record.exactness, opening, source=f"{path} on {gpu.arch}", needs_proof=True)
+    return Candidate(name, record.exactness, opening, source=f"{record.sha256} on {gpu.name}", needs_proof=True)
 
 
 def _of_another_version(record: EngineRecord) -> str:
@@ -76,12 +76,16 @@ def _of_another_version(record: EngineRecord) -> str:
 
 def _built(settings: Settings, bundle: Bundle, gpu: Gpu) -> Candidate | PassedOver:
     """The engine that was built for this bundle here."""
+    cache = EngineCache(settings.engine_cache)
     try:
-        kept = EngineCache(settings.engine_cache).find(recipe_for(settings, bundle, gpu))
+        recipe = recipe_for(settings, bundle, gpu)
     except NoRecipe as error:
         return PassedOver("tensorrt", str(error))
+    kept = cache.find(recipe)
     if kept is None:
-        return PassedOver("tensorrt", f"none is built for {gpu.name} ({gpu.arch}) yet")
+        failed = cache.failure(recipe)
+        why = "none is built yet" if failed is None else f"none could be built: {failed}"
+        return PassedOver("tensorrt", f"for {gpu.name} ({gpu.arch}) {why}", comes=True)
     record, path = kept
     name = f"tensorrt {record.file}, built here, on cuda:{gpu.index}"
     return _candidate(name, bundle, settings, record, gpu, path)

@@ -20,6 +20,7 @@ from runtime import Gpu
 from server.app import create_app
 from server.engine_build import EngineBuilder, build_command
 from server.engine_cache import EngineCache, NoRecipe, Recipe, recipe_for
+from server.errors import StartupError
 from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.settings import Settings
 from tests.server.fake_engine import MANIFEST
@@ -60,7 +61,8 @@ class Builds:
         """The bundle has no proof, so the gate is open."""
         fixed: dict[str, Any] = {"stall_timeout_ms": 60_000, "rollback_seconds": 0, "build_engine": "background"}
         fixed["gate"] = False
-        return Settings(bundle=self.bundle.path, engine_cache=self.cache, **(fixed | values))
+        fixed |= {"bundle": self.bundle.path, "engine_cache": self.cache}
+        return Settings(**(fixed | values))
 
     @contextmanager
     def server(self, **values: Any) -> Iterator[TestClient]:
@@ -112,6 +114,28 @@ def test_it_serves_while_an_engine_is_built_and_then_by_the_engine(builds: Build
     assert len(builds.begun) == 1
 
 
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
+def test_where_tensorrt_alone_is_wanted_onnx_runtime_serves_until_it_is_built(builds: Builds, precision: str) -> None:
+    with builds.server(engine="tensorrt", precision=precision) as client:
+        assert (detect(client), engine_of(client)) == (200, "onnxruntime")
+        [gate] = client.get("/model").json()["gate"]
+        assert gate["unavailable"][0] == "tensorrt: for Double 0 (sm80) none is built yet"
+        builds.gate.touch()
+        until(lambda: engine_of(client) == "tensorrt", "the switch")
+
+
+def test_where_tensorrt_alone_is_wanted_and_cannot_be_built_the_start_says_what_to_set(
+    builds: Builds, tmp_path: Path
+) -> None:
+    bare = bundle_with(tmp_path / "bare")
+    way_out = r"carries no checkpoint to build from .*\(engine=auto would let ONNX Runtime serve\)"
+    with pytest.raises(StartupError, match=way_out):
+        create_app(builds.settings(engine="tensorrt", bundle=bare.path))
+    way_out = r"for Double 0 \(sm80\) none is built yet; .* \(device=auto would let the CPU serve until it is built\)"
+    with pytest.raises(StartupError, match=way_out):
+        create_app(builds.settings(engine="tensorrt", device="cuda"))
+
+
 def test_a_build_that_fails_is_told_once_and_not_tried_again(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     builds.trouble = "fail"
     builds.gate.touch()
@@ -123,6 +147,8 @@ def test_a_build_that_fails_is_told_once_and_not_tried_again(builds: Builds, cap
     with builds.server() as client:
         until(lambda: f"it failed before: {why}" in caplog.text, "the refusal")
         assert detect(client) == 200
+        [gate] = client.get("/model").json()["gate"]
+        assert f"none could be built: {why}" in gate["unavailable"][0]
     assert len(builds.begun) == 1
     [marker] = builds.cache.glob("*.failed")
     marker.unlink()

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from server.errors import ParityFailed, StartupError
 from server.gate import GivenUp, open_proven, prove
 from server.metrics import Metrics
 from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.served import open_bundle
 from server.settings import Settings
 from tests.server.fake_engine import MANIFEST, FakeEngine, Inputs
+from tests.server.gpus import bundle_with, installed
 from tests.server.pictures import RED, encode, rectangle
 from tests.server.proofs import proof_by
 from tests.server.test_run import ROOT, SERVE
@@ -336,6 +339,34 @@ def test_the_first_of_each_file_is_compared_most(bundle: Bundle, monkeypatch: py
         ("cuda:1", 1),
         ("cuda:2", 1),
     ]
+
+
+def test_each_kind_of_gpu_is_compared_in_full(tmp_path: Path, proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = bundle_with(tmp_path / "one", "tensorrt-sm80-fp16.engine", proof=proof_bytes(proof))
+    with installed(monkeypatch, "sm80", "sm80", "sm80") as gpus:
+        gpus.gpus[1] = replace(gpus.gpus[1], name=gpus.gpus[0].name)
+        settings = Settings(bundle=bundle.path, device="all", gate_seconds=ALL_S, engine_instances=2)
+        opened = open_bundle(settings, bundle.path, Metrics(), ALL_S)
+        whole, short = CANVASES * (1 + 4 + 2), CANVASES
+        assert [verdict.compared for verdict in opened.verdicts] == [whole, short, whole, short, short, short]
+        again = opened.reopen[2]()
+        assert opened.verdicts[2].compared == short, "its kind was compared"
+        again.close()
+        opened.close()
+
+
+def test_another_kind_in_a_lost_engines_place_is_compared_as_at_a_start(
+    tmp_path: Path, proof: Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("tensorrt-sm80-fp16.engine", "tensorrt-sm80-fp32.engine")
+    bundle = bundle_with(tmp_path / "two", *files, proof=proof_bytes(proof))
+    with installed(monkeypatch, "sm80") as gpus:
+        opened = open_bundle(Settings(bundle=bundle.path, gate_seconds=ALL_S), bundle.path, Metrics(), 0.0)
+        gpus.cuda.fail("allocate", OutOfGpuMemory("cudaMalloc of 25 MiB: out of memory"), 1)
+        again = opened.reopen[0]()
+        assert (opened.verdicts[0].precision, opened.verdicts[0].compared) == ("fp32", CANVASES * (1 + 4 + 2))
+        again.close()
+        opened.close()
 
 
 def test_an_engine_that_comes_back_wrong_is_not_served(bundle: Bundle, kinds: Kinds) -> None:
