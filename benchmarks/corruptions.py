@@ -121,8 +121,8 @@ def _heads(proto: onnx.ModelProto) -> set[int]:
 
 
 def _weights(proto: onnx.ModelProto, shape_of: Callable[[tuple[int, ...]], bool]) -> Iterator[TensorProto]:
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
-    return (w for w in proto.graph.initializer if w.data_type in floats and shape_of(tuple(w.dims)))
+    types = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8)
+    return (w for w in proto.graph.initializer if w.data_type in types and shape_of(tuple(w.dims)))
 
 
 def _is_kernel(dims: tuple[int, ...]) -> bool:
@@ -146,11 +146,14 @@ def _flip_one_weight(proto: onnx.ModelProto) -> None:
 
 
 def _flip_one_bit(proto: onnx.ModelProto) -> None:
-    """The exponent's highest bit of one weight of a convolution, which is far from the largest."""
+    """The highest bit, of the exponent or of the integer, of one weight of a convolution far from the largest."""
 
     def flip(values: NDArray[Any]) -> None:
         where = int(np.abs(np.abs(values) - np.median(np.abs(values))).argmin())
-        values.flat[where] = np.clip(values.flat[where] * 2.0**12, -6e4, 6e4)
+        if values.dtype == np.int8:
+            values.flat[where] ^= 1 << 6
+        else:
+            values.flat[where] = np.clip(values.flat[where] * 2.0**12, -6e4, 6e4)
 
     _edit_weight(list(_weights(proto, _is_kernel))[4], flip)
 

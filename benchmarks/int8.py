@@ -55,7 +55,7 @@ def main() -> int:
                 parser.error("--graph needs --size")
             graphs = {"float32": args.graph, "integers": Path(folder) / "int8.onnx"}
             canvas = args.size[0]
-            _quantise(args.graph, _feed(1, canvas.height, canvas.width), graphs["integers"])
+            _quantise(args.graph, _feed(1, canvas.height, canvas.width), graphs["integers"], args.threads)
         if args.size:
             canvas = args.size[0]
         print(f"{machine()}; onnxruntime {onnxruntime.__version__}, {args.threads} threads, {canvas}")
@@ -80,10 +80,11 @@ def _feed(batch: int, height: int, width: int) -> Feed:
     return {"images": images, "sizes": np.tile(np.array([[height, width]]), (batch, 1))}
 
 
-def _quantise(graph: Path, feed: Feed, output: Path) -> None:
+def _quantise(graph: Path, feed: Feed, output: Path, threads: int) -> None:
     proto = plain_graph(onnx.load(graph))
     layers = layers_of(proto)
-    onnx.save(quantise(proto, layers, calibrate(proto, layers, [feed], plugins.onnxruntime_library())), output)
+    ranges = calibrate(proto, layers, [feed], plugins.onnxruntime_library(), threads)
+    onnx.save(quantise(proto, layers, ranges), output)
 
 
 def _session(path: Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:

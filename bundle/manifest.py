@@ -106,6 +106,9 @@ class QuantisedRecord(_Record):
     agreement: Agreement
     calibration_pictures: int = Field(ge=1, description="that its ranges are from; none of those measured on")
     float_groups: tuple[str, ...] = Field(default=(), description="groups of layers left in float32 for accuracy")
+    noise: dict[str, float] = Field(
+        default_factory=dict, description="how far integers move the gate's figures in this network, on its proof"
+    )
     built_with: dict[str, str] = Field(default_factory=dict)
 
     _plain_name = field_validator("file")(lambda value: plain_file_name(value))

@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ import plugins
 from bundle import Bundle, BundleError, Manifest, QuantisedRecord, read_bundle, write_bundle
 from bundle.reader import MANIFEST_FILE
 from bundle.writer import check_place
-from export.calibrate import CalibrationError, Feed, calibrate, open_session
+from export.calibrate import CalibrationError, Feed, calibrate, is_of_onnxruntime, open_session
 from export.plain import PlainError, plain_graph
 from export.quantisable import groups_of, layers_of
 from export.sensitivity import Refused, agreement, answers, choose
 from export.trace import OUTPUTS
 from parity import ProofInvalid, read_proof, run_gate
 from parity.compare import Answer
-from server.cores import sums_bytes_exactly
+from parity.gate import noise_of
+from server.cores import available_cores, sums_bytes_exactly
 from server.errors import ShapeUnsupported
 from server.preprocess import lay_on_canvas, preprocess
 from training.average_precision import AveragePrecision, Detection, average_precision
@@ -41,7 +42,17 @@ PROBES = 16  # pictures that tell the groups apart
 MAX_AP_DROP = 0.01
 CALIBRATION_PICTURES = 64
 
-QUANTISING = (CalibrationError, PlainError, Refused)
+EXPECTED = (
+    BundleError,
+    CalibrationError,
+    DataError,
+    PlainError,
+    ProofInvalid,
+    Refused,
+    ShapeUnsupported,
+    OSError,
+)
+"""What a user can meet and mend; so is what ONNX Runtime raises, which lacks memory or an operator."""
 
 DESCRIPTION = """\
 Put a graph in 8-bit integers beside a bundle's model.onnx, for CPUs with dot-product instructions (VNNI).
@@ -72,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--checkpoint needs --output, the bundle's folder")
     if options.calibration_pictures < 1:
         parser.error(f"--calibration-pictures is {options.calibration_pictures}; it must be at least 1")
+    if options.threads < 1:
+        parser.error(f"--threads is {options.threads}; it must be at least 1")
     if options.bundle is not None and rest:
         parser.error(f"with --bundle nothing is exported: what is {' '.join(rest)} for?")
     try:
@@ -92,17 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_ap_drop=options.max_ap_drop,
             threads=options.threads,
         )
-    except (
-        BundleError,
-        CalibrationError,
-        DataError,
-        PlainError,
-        ProofInvalid,
-        Refused,
-        ShapeUnsupported,
-        OSError,
-    ) as error:
-        print(f"ddetr export: {error}", file=sys.stderr)
+    except Exception as error:
+        if not isinstance(error, EXPECTED) and not is_of_onnxruntime(error):
+            raise
+        print(f"ddetr export: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -131,7 +137,7 @@ def argument_parser() -> argparse.ArgumentParser:
         help="most pictures to take ranges from (%(default)s)",
     )
     add("--max-ap-drop", type=float, default=MAX_AP_DROP, metavar="AP", help="most that AP may fall by (%(default)s)")
-    add("--threads", type=int, default=0, metavar="N", help="threads to work with (default: one a core)")
+    add("--threads", type=int, default=available_cores(), metavar="N", help="to work with (default: %(default)s, all)")
     return parser
 
 
@@ -143,7 +149,7 @@ def quantise_bundle(
     *,
     calibration_pictures: int = CALIBRATION_PICTURES,
     max_ap_drop: float = MAX_AP_DROP,
-    threads: int = 0,
+    threads: int = 1,
 ) -> Bundle:
     """Publish `bundle` with its graph in integers in folder `output`; nothing is written before AP has held.
 
@@ -173,7 +179,7 @@ def quantise_bundle(
     judge = _Judge(bundle, measured, max_ap_drop, library, threads, say)
     judge.measure(proto, "float32")
     try:
-        probes = list(_feeds(pictures[:PROBES], bundle.manifest))
+        probes = list(_feeds(_spread(pictures, PROBES), bundle.manifest))
         choice = choose(proto, layers, ranges, probes, judge.accepts, library, threads, say)
     except Refused as error:
         raise Refused(f"refused: {judge.complaint()}; {error}") from error
@@ -193,6 +199,7 @@ def quantise_bundle(
         agreement=agreed,
         calibration_pictures=len(pictures),
         float_groups=choice.float_groups,
+        noise=got.noise,
         built_with={
             "onnx": importlib.metadata.version("onnx"),
             "onnxruntime": onnxruntime.__version__,
@@ -221,11 +228,15 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Measured:
-    """AP and answers of one graph on the measured pictures, and what the bundle's proof says against it."""
+    """AP and answers of one graph on the measured pictures, and what the bundle's proof says against it.
+
+    noise: how far its answers to the proof's pictures are from float32's, by the figures that limits follow.
+    """
 
     ap: AveragePrecision
     answers: list[Answer]
-    failures: tuple[str, ...]
+    failures: tuple[str, ...] = ()
+    noise: dict[str, float] = field(default_factory=dict)
 
 
 class _Judge:
@@ -252,9 +263,9 @@ class _Judge:
         given = answers(session, _feeds(pictures, self._bundle.manifest))
         ap = average_precision(self._split.annotations, _detections(given, pictures))
         self._say(f"{name} on {len(pictures)} pictures of {MEASURED}: AP {ap.ap:.4f}, AP50 {ap.ap50:.4f}")
-        measured = _Measured(ap, given, self._proven(session) if self.found else ())
-        self.found.append(measured)
-        return measured
+        found = _Measured(ap, given, *(self._proven(session) if self.found else ()))
+        self.found.append(found)
+        return found
 
     def accepts(self, graph: onnx.ModelProto) -> bool:
         """Whether AP holds, and a server would take it."""
@@ -275,18 +286,18 @@ class _Judge:
     def _drop(self, measured: _Measured) -> float:
         return self.found[0].ap.ap - measured.ap.ap
 
-    def _proven(self, session: onnxruntime.InferenceSession) -> tuple[str, ...]:
-        """What a server's gate will say against the graph."""
+    def _proven(self, session: onnxruntime.InferenceSession) -> tuple[tuple[str, ...], dict[str, float]]:
+        """What the bundle's proof says against the graph, and the noise that a server's gate will allow it."""
         if self._proof is None:
-            return ()
+            return (), {}
 
         def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
             found: Sequence[Any] = session.run(list(OUTPUTS), {"images": images, "sizes": sizes})
             return found
 
-        report = run_gate(infer, self._proof, "int8", [1])
+        report = run_gate(infer, replace(self._proof, integers={}), "int8", [1])  # not held to a graph of before
         self._say(f"the bundle's proof: {'passed' if report.passed else report.failures[0]}")
-        return report.failures
+        return report.failures, noise_of(report)
 
 
 def _spread(pictures: Sequence[Picture], most: int) -> list[Picture]:

@@ -22,11 +22,11 @@ class CalibrationError(ValueError):
 
 
 def calibrate(
-    proto: onnx.ModelProto, layers: Sequence[Layer], feeds: Iterable[Feed], library: Path | None, threads: int = 0
+    proto: onnx.ModelProto, layers: Sequence[Layer], feeds: Iterable[Feed], library: Path | None, threads: int
 ) -> dict[str, tuple[float, float]]:
     """The range of every tensor that `quantise` may turn into integers, over all `feeds`.
 
-    library: the native kernel's, for ONNX Runtime; threads: its number of threads, 0 for one a core.
+    library: the native kernel's, for ONNX Runtime; threads: its number of threads.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(proto)
@@ -47,7 +47,12 @@ def calibrate(
     return {tensor: (float(low[i]), float(high[i])) for i, tensor in enumerate(tensors)}
 
 
-def open_session(proto: onnx.ModelProto, library: Path | None, threads: int = 0) -> onnxruntime.InferenceSession:
+def is_of_onnxruntime(error: BaseException) -> bool:
+    """Whether ONNX Runtime raised it: its exceptions have no base of their own."""
+    return type(error).__module__.startswith("onnxruntime.")
+
+
+def open_session(proto: onnx.ModelProto, library: Path | None, threads: int) -> onnxruntime.InferenceSession:
     """The model in ONNX Runtime on the CPU, with the native kernel if its library is given."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

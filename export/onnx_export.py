@@ -30,6 +30,7 @@ from bundle import (
 from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, PROOF_FILE, sha256_of
 from bundle.writer import check_place
 from export import op
+from export.malloc import keep_freed_memory
 from export.proof import check_proof, make_proof
 from export.pyramid import pyramid_pixels
 from export.trace import TraceError, trace
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     options.attach = tuple(options.attach)
+    keep_freed_memory()
     try:
         export(Request(**vars(options)), say=_print)
     except (FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError) as error:

@@ -42,7 +42,7 @@ def choose(
     probes: Sequence[Feed],
     accept: Callable[[onnx.ModelProto], bool],
     library: Path | None = None,
-    threads: int = 0,
+    threads: int = 1,
     say: Say = lambda _: None,
 ) -> Choice:
     """The graph with as many groups of `layers` in integers as `accept` lets be, the most harmful left out first.

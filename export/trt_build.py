@@ -18,6 +18,7 @@ from bundle.reader import CHECKPOINT_FILE
 from export.build_errors import is_no_room, way_out
 from export.engine_bundle import Request, build_engine
 from export.flavour import FLAVOURS, BuildError
+from export.malloc import keep_freed_memory
 from export.onnx_export import ExportError, parse_canvases
 from export.steps import Occupied
 from export.trace import TraceError
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     request = Request(**vars(parser.parse_args(argv)))
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells of each constant that it leaves alone
+    keep_freed_memory()
     try:
         build_engine(request, say=_print)
     except KeyboardInterrupt:

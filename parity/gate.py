@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bundle import Canvas
 from parity.compare import Answer, Figures, compare
-from parity.limits import ALONE, SIGNATURE, Limits, limits_for
+from parity.limits import ALONE, MEASURED, SIGNATURE, Limits, limits_for
 from parity.pictures import Pictures
 from parity.proof import CanvasProof, Proof, ProofInvalid
 
@@ -81,7 +81,7 @@ def run_gate(
     engine that raises, is a failure in the report, never an exception. `progress` gets a line for each canvas and batch
     size. Raises ValueError for a precision that has no limits.
     """
-    limits = limits_for(precision, proof.half)
+    limits = limits_for(precision, proof.integers if precision == "int8" else proof.half)
     started = time.perf_counter()
     rows: list[Row] = []
     failures: list[str] = []
@@ -179,6 +179,14 @@ def typical(rows: Sequence[Row], figure: str) -> float:
     """The median picture's figure, of those that have an answer."""
     values = [getattr(row.figures, figure) for row in rows if not row.figures.faults]
     return float(np.median(values)) if values else 0.0
+
+
+def noise_of(report: GateReport) -> dict[str, float]:
+    """The figures that limits follow, each of the canvas where it is worst."""
+    rows: dict[Canvas, list[Row]] = {}
+    for row in report.rows:
+        rows.setdefault(row.canvas, []).append(row)
+    return {name: max(typical(of_one, name) for of_one in rows.values()) for name in MEASURED}
 
 
 def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,12 +68,14 @@ class Proof:
 
     detections: K, how many an engine returns of an image. categories: the labels there are. half: for each figure of
     `parity.limits`, how far arithmetic in half precision moves it in this network, as measured on these pictures.
+    integers: the same of the bundle's graph in 8 bits; it is in the bundle's manifest, not in the file.
     """
 
     canvases: tuple[CanvasProof, ...]
     detections: int
     categories: tuple[int, ...]
     half: Mapping[str, float] = field(default_factory=dict)
+    integers: Mapping[str, float] = field(default_factory=dict)
 
 
 def pictures_hash(pictures: Pictures) -> str:
@@ -88,8 +90,9 @@ def read_proof(bundle: Bundle) -> Proof | None:
     path = bundle.path / PROOF_FILE
     if "proof" not in bundle.manifest.hashes or not path.is_file():
         return None
+    record = bundle.manifest.int8
     try:
-        return proof_from(path.read_bytes())
+        return replace(proof_from(path.read_bytes()), integers={} if record is None else record.noise)
     except ProofInvalid as error:
         raise ProofInvalid(f"{path}: {error}") from error
 

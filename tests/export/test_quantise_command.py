@@ -6,17 +6,28 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
-from bundle import HashMismatch, read_bundle
+import plugins
+from benchmarks.corruptions import run
+from bundle import HashMismatch, embedded_bundle, read_bundle
 from bundle.reader import MANIFEST_FILE, PROOF_FILE, sha256_of
 from cli.main import main
 from cli.quantise import INT8_FILE
+from cli.verify_data import Comparison
+from parity import LIMITS, limits_for, read_proof, run_gate
 from samples.coco import write_smears
+from server.preprocess import lay_on_canvas, preprocess
 from tests.export.conftest import Exported
 from tests.export.small import CATEGORY_IDS
+from training.coco import read_pixels, read_split
+
+LIBRARY = plugins.onnxruntime_library()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,6 @@ def test_the_bundle_gets_the_graph_and_its_record(
     assert record.of == before.manifest.hashes["onnx"] == sha256_of(folder / "model.onnx")
     assert record.sha256 == sha256_of(folder / INT8_FILE)
     assert (record.pictures, record.calibration_pictures, record.float_groups) == (4, 6, ())
-    assert record.ap_int8 >= record.ap_fp32 - 0.01
     assert 0 < record.agreement.matched <= 1
     assert after.manifest.model_copy(update={"int8": None}) == before.manifest
     assert (folder / "README.md").read_text() == "card"
@@ -78,6 +88,74 @@ def test_the_bundle_gets_the_graph_and_its_record(
     again = tmp_path / "elsewhere"
     assert export("--bundle", folder, "--data", data, "--calibration-pictures", "6", "--output", again) == 0
     assert sha256_of(again / INT8_FILE) == record.sha256  # the same from the same
+
+
+@pytest.fixture(scope="module")
+def smears(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn smears that the embedded model finds cells in."""
+    folder = tmp_path_factory.mktemp("smears")
+    for part, count, seed in (("train", 4, 0), ("val", 3, 100)):
+        write_smears(folder, count, seed).rename(folder / f"instances_{part}.json")
+    return folder
+
+
+def test_the_record_has_the_ap_of_either_graph_and_the_noise_that_the_gate_allows(smears: Path, tmp_path: Path) -> None:
+    assert export("--bundle", embedded_bundle(), "--data", smears, "--output", tmp_path / "bundle") == 0
+    bundle = read_bundle(tmp_path / "bundle")
+    record = bundle.manifest.int8
+    assert record is not None
+    assert bundle.int8_path is not None
+    data = Comparison(smears, "val", bundle)
+    for path, said in ((bundle.onnx_path, record.ap_fp32), (bundle.int8_path, record.ap_int8)):
+        assert said == pytest.approx(data.average_precision(run(onnx.load(path), LIBRARY)), abs=1e-6)
+    assert record.ap_fp32 > 0.4, "it finds something"
+    assert record.ap_int8 != record.ap_fp32
+    assert record.ap_int8 >= record.ap_fp32 - 0.01
+    assert record.agreement.matched > 0.9
+    proof = read_proof(bundle)
+    assert proof is not None
+    assert proof.integers == record.noise
+    limits = limits_for("int8", record.noise)
+    assert limits.box_median == pytest.approx(1.5 * record.noise["box_median"])
+    assert 1e-4 < limits.box_median < LIMITS["int8"].box_median
+    report = run_gate(run(onnx.load(bundle.int8_path), LIBRARY), proof, "int8", (2,), bundle.manifest.canvases[:1])
+    assert report.limits == limits
+    assert report.passed, report.failures
+
+
+def test_groups_are_told_apart_by_pictures_of_the_whole_folder(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[np.ndarray] = []
+
+    def choose(*arguments: Any) -> None:
+        shown.extend(feed["images"] for feed in arguments[3])
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("cli.quantise.choose", choose)
+    monkeypatch.setattr("cli.quantise.PROBES", 2)
+    with pytest.raises(RuntimeError, match="seen"):
+        export("--bundle", folder, "--data", data)
+    manifest = read_bundle(folder).manifest
+    pictures = read_split(data, "train").pictures
+    for image, picture in zip(shown, (pictures[0], pictures[4]), strict=True):
+        pixels, canvas = preprocess(read_pixels(picture), manifest)
+        np.testing.assert_array_equal(image, lay_on_canvas([pixels], canvas)[0])
+
+
+@pytest.mark.parametrize("broken", ["cli.quantise.calibrate", "cli.quantise.answers"])
+def test_what_onnx_runtime_raises_is_one_line(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: str
+) -> None:
+    def lacks_memory(*_arguments: object) -> None:
+        onnxruntime.InferenceSession(b"no graph")
+
+    monkeypatch.setattr(broken, lacks_memory)
+    assert export("--bundle", folder, "--data", data) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("ddetr export: [ONNXRuntimeError] ")
+    assert said.count("\n") == 1
+    assert read_bundle(folder).int8_path is None
 
 
 def test_a_graph_that_loses_ap_is_refused_and_the_bundle_is_as_it_was(
@@ -129,6 +207,7 @@ def test_a_changed_file_and_a_graph_of_another_model_are_told(folder: Path, data
         (["--data", "d", "--checkpoint", "c"], "--checkpoint needs --output"),
         (["--data", "d", "--bundle", "b", "--variant", "r50"], "what is --variant r50 for?"),
         (["--data", "d", "--bundle", "b", "--calibration-pictures", "0"], "at least 1"),
+        (["--data", "d", "--bundle", "b", "--threads", "0"], "--threads is 0; it must be at least 1"),
     ],
 )
 def test_what_is_missing_is_said(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

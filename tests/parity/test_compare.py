@@ -144,6 +144,8 @@ def test_limits_follow_what_half_precision_was_measured_to_do() -> None:
     assert limits_for("fp16", {"box_median": 0.0}).box_median > 0
     assert limits_for("tf32", {"box_median": 3e-5}).box_median == pytest.approx(1.2e-4)
     assert limits_for("fp32", {"box_median": 3e-5}) == LIMITS["fp32"]
+    assert limits_for("int8", {"box_median": 2e-3}).box_median == pytest.approx(3e-3)
+    assert limits_for("int8", {}) == LIMITS["int8"]
     with pytest.raises(ValueError, match="no limits for precision 'fp8'; there are fp32, fp16, int8, tf32"):
         limits_for("fp8")
 
