@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from bundle import BundleError
 from server.admin import build_admin_router
-from server.docs import build_docs_router
+from server.docs import build_docs_router, describe_served
 from server.engine import Engine, OpenEngine
 from server.engine_build import EngineBuilder
 from server.errors import ServiceError, StartupError
@@ -94,6 +94,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service, app.state.swaps = service, swaps
+    describe_served(app, service)
     detect = build_detect(service)
     routers = [build_router(service, detect), build_page_router(), build_docs_router()]
     if admin_keys.required:

@@ -4,8 +4,12 @@ import base64
 import hashlib
 import re
 from importlib.resources import files
+from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, FastAPI, Response
+
+from server.schema import name_model
+from server.service import Service
 
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
@@ -21,6 +25,18 @@ def build_docs_router() -> APIRouter:
         return Response(html, media_type="text/html", headers=headers)
 
     return router
+
+
+def describe_served(app: FastAPI, service: Service) -> None:
+    """Let `app` describe itself, whenever it is asked, with the version and the classes of the bundle in service."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema, manifest = described(), service.served.manifest
+        name_model(schema, manifest.model.version, manifest.categories)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _content_policy(html: str) -> str:

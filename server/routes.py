@@ -69,9 +69,7 @@ def build_router(service: Service, detect: Endpoint) -> APIRouter:
         summary="Find objects in images",
         response_class=Response,
         responses=DETECT_RESPONSES,
-        openapi_extra=detect_request(
-            service.served.manifest.categories, min(settings.max_images_per_request, settings.queue_limit)
-        ),
+        openapi_extra=detect_request(min(settings.max_images_per_request, settings.queue_limit)),
     )(detect)
 
     @router.get("/model", summary="The model in service", response_class=Response, responses=MODEL_RESPONSES)

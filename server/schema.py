@@ -221,15 +221,20 @@ DETECT_REQUEST: dict[str, Any] = {
 }
 
 
-def detect_request(categories: Mapping[int, str], max_images: int) -> dict[str, Any]:
-    """DETECT_REQUEST with two of the model's own classes as the example, and the most images of a request."""
+def detect_request(max_images: int) -> dict[str, Any]:
+    """DETECT_REQUEST with the most images of a request."""
     request = copy.deepcopy(DETECT_REQUEST)
     for media_type in ("multipart/form-data", "application/json"):
         request["requestBody"]["content"][media_type]["schema"]["properties"]["images"]["maxItems"] = max_images
-    for parameter in request["parameters"]:
+    return request
+
+
+def name_model(schema: dict[str, Any], version: str, categories: Mapping[int, str]) -> None:
+    """Put a model's version into the API's schema, and two of its own classes as the example of `classes`."""
+    schema["info"]["version"] = version
+    for parameter in schema["paths"]["/detect"]["post"]["parameters"]:
         if parameter["name"] == "classes":
             parameter["schema"]["examples"] = [",".join([*dict.fromkeys(categories.values())][:2])]
-    return request
 
 
 _ERRORS = {

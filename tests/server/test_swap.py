@@ -185,6 +185,21 @@ def test_a_bundle_without_a_proof_takes_no_proven_ones_place() -> None:
     run(test)
 
 
+def test_the_api_is_described_with_the_version_and_the_classes_in_service() -> None:
+    async def test(site: SwapSite) -> None:
+        async def described() -> tuple[str, list[str]]:
+            schema = (await site.client.get("/openapi.json")).json()
+            parameters = {each["name"]: each["schema"] for each in schema["paths"]["/detect"]["post"]["parameters"]}
+            return schema["info"]["version"], parameters["classes"]["examples"]
+
+        assert await described() == (FIRST, ["red,green"])
+        site.bundles.manifests["8"] = MANIFEST.model_copy(update={"categories": {1: "rouge", 2: "vert", 5: "bleu"}})
+        assert (await site.swap("/bundles/8")).status_code == 200
+        assert await described() == ("8", ["rouge,vert"])
+
+    run(test)
+
+
 def test_one_at_a_time() -> None:
     async def test(site: SwapSite) -> None:
         site.bundles.gate.clear()
