@@ -67,7 +67,9 @@ def compiler() -> list[str] | None:
 
 def nvcc() -> str | None:
     """CUDA's compiler: $NVCC, else the one on the path, else the toolkit's usual place; None where there is none."""
-    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if os.environ.get("NVCC"):
+        return shutil.which(os.environ["NVCC"])
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def tensorrt_includes() -> list[Path] | None:
@@ -109,23 +111,36 @@ def _cuda_compiler(command: str) -> list[str]:
 
 
 def compile_kernel(command: str, to: Path) -> Path:
-    """Compile the CUDA kernel to an object, unless that is newer than its sources.
+    """Compile the CUDA kernel to an object, unless that is newer than its sources and made by this compiler, like this.
 
-    Raises subprocess.CalledProcessError where nvcc fails.
+    A file beside the object says what made it. Raises subprocess.CalledProcessError where nvcc fails, OSError where it
+    is another program.
     """
-    sources = (SOURCE / KERNEL, SOURCE / "msda.h", Path(__file__))
-    if to.exists() and to.stat().st_mtime > max(source.stat().st_mtime for source in sources):
-        return to
-    listing = subprocess.run([command, "--list-gpu-code"], capture_output=True, text=True, check=True)
-    known = [arch for arch in ARCHITECTURES if f"sm_{arch}" in listing.stdout.split()]
+
+    def told(question: str) -> str:
+        return subprocess.run([command, question], capture_output=True, text=True, check=True).stdout
+
+    listing = told("--list-gpu-code").split()
+    known = [arch for arch in ARCHITECTURES if f"sm_{arch}" in listing]
+    if not known:
+        raise OSError(f"{command} compiles for no GPU of sm_{', sm_'.join(ARCHITECTURES)}: is it CUDA 11's, or newer?")
     targets = []
     for arch in known:
         ptx = f",compute_{arch}" if arch in (known[0], known[-1]) else ""
         targets += ["-gencode", f"arch=compute_{arch},code=[sm_{arch}{ptx}]"]
+    compile_it = [*_cuda_compiler(command), *CUDA_FLAGS, *targets, "-c", str(SOURCE / KERNEL)]
+    made_by, maker = to.with_name(f"{to.name}.made_by"), f"{told('--version')}{shlex.join(compile_it)}\n"
+    newest = max(source.stat().st_mtime for source in (SOURCE / KERNEL, SOURCE / "msda.h"))
+    made_alike = made_by.exists() and made_by.read_text(encoding="utf-8") == maker
+    if made_alike and to.exists() and to.stat().st_mtime > newest:
+        return to
     fresh = to.with_name(f"{os.getpid()}.{to.name}")
     try:
-        _run([*_cuda_compiler(command), *CUDA_FLAGS, *targets, "-c", str(SOURCE / KERNEL), "-o", str(fresh)])
-        return fresh.replace(to)
+        _run([*compile_it, "-o", str(fresh)])
+        made_by.unlink(missing_ok=True)  # of the object before
+        fresh.replace(to)
+        made_by.write_text(maker, encoding="utf-8")
+        return to
     finally:
         fresh.unlink(missing_ok=True)
 
@@ -151,20 +166,22 @@ def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
 
     With `only`, no libraries but those named.
 
-    Raises subprocess.CalledProcessError where a compiler failed, after all others are built.
+    Raises what a compiler that failed did, subprocess.CalledProcessError, or OSError where it is another program,
+    after all others are built.
     """
-    cpp, cuda, includes = compiler(), nvcc(), tensorrt_includes()
+    cpp, cuda, kernel, includes = compiler(), nvcc(), None, None
     if cpp is None:
         _say("no C++ compiler found (apt install g++); training and serving will be slower")
         return []
-    if cuda is None:
-        _say("no nvcc found ($NVCC, the path, /usr/local/cuda): nothing is built for GPUs")
-    elif includes is None:
-        _say("no TensorRT headers found ($TENSORRT_ROOT/include, /usr/include): its plugin is not built")
+    wanted = [library for library in LIBRARIES if not only or library.name in only]
+    with_kernel = any(library.cuda for library in wanted)
+    if with_kernel and cuda is None:
+        given = os.environ.get("NVCC")
+        lacking = f"$NVCC, {given}, is no program here" if given else "no nvcc found ($NVCC, the path, /usr/local/cuda)"
+        _say(f"{lacking}: nothing is built for GPUs")
     folder.mkdir(parents=True, exist_ok=True)
     built: list[Path] = []
-    failures: list[subprocess.CalledProcessError] = []
-    kernel: Path | None = None
+    failures: list[Exception] = []
     with tempfile.TemporaryDirectory() as temporary:
         objects: dict[tuple[str, ...], Path] = {}  # by their flags and source: what libraries share is compiled once
 
@@ -176,16 +193,17 @@ def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
                 objects[key] = path
             return objects[key]
 
-        if cuda is not None:
+        if with_kernel and cuda is not None:
             try:  # it takes the longest, and is kept
                 kernel = compile_kernel(cuda, (BUILT if folder == BUILT else Path(temporary)) / "msda_cuda.o")
-            except subprocess.CalledProcessError as error:
+                includes = tensorrt_includes()
+                if includes is None:
+                    _say("no TensorRT headers found ($TENSORRT_ROOT/include, /usr/include): its plugin is not built")
+            except (OSError, subprocess.CalledProcessError) as error:
                 _say(f"{KERNEL} was not compiled, nothing is built for GPUs: {error}")
                 failures.append(error)
-        for library in LIBRARIES:
+        for library in wanted:
             if (not library.without_cuda and kernel is None) or (library.tensorrt and includes is None):
-                continue
-            if only and library.name not in only:
                 continue
             try:
                 with_cuda = library.cuda and kernel is not None

@@ -20,6 +20,7 @@ COMPILER = """#!/bin/sh
 echo "$(basename $0) $*" >> {log}
 case "$*" in
   *--list-gpu-code*) printf '{codes}'; exit 0;;
+  *--version*) echo 'release {version}'; exit 0;;
   *--dryrun*) echo '#$ INCLUDES="-I/toolkit/include"  ' >&2; exit 0;;
   *{fails}*) echo "error: no" >&2; exit 1;;
 esac
@@ -44,10 +45,13 @@ class Machine:
     def log(self) -> Path:
         return self.folder / "log"
 
-    def put(self, name: str, codes: tuple[str, ...] = CODES, fails: str = "nothing at all") -> None:
+    def put(
+        self, name: str, codes: tuple[str, ...] = CODES, fails: str = "nothing at all", version: str = "13.0"
+    ) -> None:
         path = self.folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(COMPILER.format(log=self.log, codes="\\n".join(codes), fails=fails.replace(" ", "\\ ")))
+        text = COMPILER.format(log=self.log, codes="\\n".join(codes), fails=fails.replace(" ", "\\ "), version=version)
+        path.write_text(text)
         path.chmod(0o755)
 
     def put_headers(self) -> Path:
@@ -184,16 +188,75 @@ def test_one_library_that_fails_does_not_stop_the_others(machine: Machine, out: 
     assert names(out) == sorted({*ALL_LIBRARIES} - {"libmsda_tensorrt.so"})
 
 
-def test_the_kernel_is_compiled_again_when_its_source_has_changed(machine: Machine, tmp_path: Path) -> None:
+def test_an_nvcc_that_is_not_there_leaves_what_the_cpu_needs(
+    machine: Machine, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.put("g++")
+    machine.put_headers()
+    machine.monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    build.build(out)
+    assert names(out) == CPU_LIBRARIES
+    assert "$NVCC, /nowhere/nvcc, is no program here: nothing is built for GPUs" in capsys.readouterr().out
+
+
+def test_an_nvcc_that_is_another_program_leaves_what_the_cpu_needs(
+    machine: Machine, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.put("g++")
+    machine.put("abacus", codes=())
+    machine.monkeypatch.setenv("NVCC", "abacus")
+    with pytest.raises(OSError, match="abacus"):
+        build.build(out)
+    assert names(out) == CPU_LIBRARIES
+    assert re.search("abacus compiles for no GPU of sm_80, .* is it CUDA 11's, or newer", capsys.readouterr().out)
+
+
+@pytest.fixture
+def kernel(machine: Machine, tmp_path: Path) -> Path:
+    """An object, just made."""
     machine.put("nvcc")
-    kernel = tmp_path / "msda_cuda.o"
-    for expected in (1, 1):
-        build.compile_kernel(str(machine.folder / "bin" / "nvcc"), kernel)
-        assert len(machine.calls(r"msda_cuda\.cu")) == expected
-    os.utime(kernel, (0, 0))
+    return build.compile_kernel(str(machine.folder / "bin" / "nvcc"), tmp_path / "msda_cuda.o")
+
+
+def times_compiled(machine: Machine, kernel: Path) -> int:
+    """After one more build."""
     build.compile_kernel(str(machine.folder / "bin" / "nvcc"), kernel)
-    assert len(machine.calls(r"msda_cuda\.cu")) == 2
-    assert names(tmp_path) == ["machine", "msda_cuda.o"]
+    return len(machine.calls(r"msda_cuda\.cu"))
+
+
+def test_the_kernel_is_compiled_once(machine: Machine, kernel: Path) -> None:
+    assert times_compiled(machine, kernel) == 1
+    assert names(kernel.parent) == ["machine", "msda_cuda.o", "msda_cuda.o.made_by"]
+
+
+def test_the_kernel_is_compiled_again_when_its_source_has_changed(machine: Machine, kernel: Path) -> None:
+    os.utime(kernel, (0, 0))
+    assert times_compiled(machine, kernel) == 2
+
+
+def test_the_kernel_is_compiled_again_by_another_cuda(machine: Machine, kernel: Path) -> None:
+    machine.put("nvcc", version="13.1")
+    assert [times_compiled(machine, kernel) for _ in range(2)] == [2, 2]
+
+
+def test_the_kernel_is_compiled_again_for_other_gpus(
+    machine: Machine, kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "ARCHITECTURES", ("80",))
+    assert [times_compiled(machine, kernel) for _ in range(2)] == [2, 2]
+
+
+def test_a_kernel_of_which_nothing_says_what_made_it_is_compiled_again(machine: Machine, kernel: Path) -> None:
+    kernel.with_name("msda_cuda.o.made_by").unlink()
+    assert times_compiled(machine, kernel) == 2
+
+
+def test_what_needs_no_kernel_waits_for_none(machine: Machine, out: Path) -> None:
+    machine.put("g++")
+    machine.put("nvcc")
+    build.build(out, only=["libresize.so"])
+    assert names(out) == ["libresize.so"]
+    assert not machine.calls(r"msda_cuda\.cu")
 
 
 def test_libraries_are_found_where_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
