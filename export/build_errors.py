@@ -19,7 +19,8 @@ class NoRoom(BuildError):
 
 
 _OUT_OF_MEMORY = re.compile(
-    r"out ?of ?memory|insufficient (?:memory|workspace)|could not find any implementation|bad_alloc|cannot allocate",
+    r"out ?of ?memory|insufficient (?:memory|workspace)|could not find any implementation|bad_alloc"
+    r"|(?:cannot|can't|failed to) allocate",
     re.IGNORECASE,
 )
 
@@ -36,13 +37,22 @@ def is_no_room(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
+def is_no_memory(error: BaseException) -> bool:
+    """Whether memory was lacking, in whatever words: PyTorch and ONNX Runtime have each their own."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
 def way_out(error: BaseException) -> str:
     """What to do about it, to stand behind the message; empty where the message says it."""
     text = str(error)
     if isinstance(error, NoRoom) or is_no_room(error):
         return ": free some, or give --output and --work on another disk; finished steps are kept"
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
-        return ": give a smaller --max-batch-size, or --workspace-mib, or end what else uses the memory"
+    if is_no_memory(error):
+        if isinstance(error, BuildError):
+            return ": give a smaller --max-batch-size, or --workspace-mib, or end what else uses the memory"
+        return ": give smaller --canvases, or end what else uses the memory; finished steps are kept"
+    if isinstance(error, PermissionError):
+        return ": give --output and --work where this user may write"
     if isinstance(error, NotInstalled) and "pip install tensorrt" in text:
         return ", or build without it and without a GPU: --flavour rtx --targets sm86,sm89"
     if isinstance(error, TargetError) and "no NVIDIA GPU" in text:

@@ -83,6 +83,8 @@ def build_engine(request: Request, say: Say = lambda _: None) -> Bundle:
         )
     if not 1 <= request.typical_batch_size <= request.max_batch_size:
         raise ExportError(f"typical batch size {request.typical_batch_size} is not in 1..{request.max_batch_size}")
+    if request.workspace_mib is not None and request.workspace_mib < 1:
+        raise ExportError(f"--workspace-mib is {request.workspace_mib}; it must be at least 1")
     output = (request.output or request.checkpoint).resolve()
     check_place(output)
     version, targets = _prepared(request)  # what cannot be built is known before the long steps

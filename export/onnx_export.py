@@ -30,6 +30,8 @@ from bundle import (
 from bundle.reader import CHECKPOINT_FILE, ONNX_FILE, PROOF_FILE, sha256_of
 from bundle.writer import check_place
 from export import op
+from export.build_errors import is_no_memory
+from export.calibrate import is_of_onnxruntime
 from export.malloc import keep_freed_memory
 from export.proof import check_proof, make_proof
 from export.pyramid import pyramid_pixels
@@ -249,8 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         export(Request(**vars(options)), say=_print)
-    except (FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError) as error:
-        sys.stderr.write(f"{parser.prog}: {error}\n")
+    except Exception as error:
+        expected = isinstance(error, OSError | CheckpointError | ExportError | TraceError | ParityError | BundleError)
+        if not (expected or is_no_memory(error) or is_of_onnxruntime(error)):
+            raise
+        line = " ".join((str(error) or type(error).__name__).split())
+        sys.stderr.write(f"{parser.prog}: {line}\n")
         return 1
     return 0
 

@@ -15,7 +15,8 @@ if __name__ == "__main__" and not __package__:  # run as a file: its own folder 
 
 from bundle import BundleError
 from bundle.reader import CHECKPOINT_FILE
-from export.build_errors import is_no_room, way_out
+from export.build_errors import is_no_memory, is_no_room, way_out
+from export.calibrate import is_of_onnxruntime
 from export.engine_bundle import Request, build_engine
 from export.flavour import FLAVOURS, BuildError
 from export.malloc import keep_freed_memory
@@ -24,6 +25,7 @@ from export.steps import Occupied
 from export.trace import TraceError
 from export.verify import ParityError
 from models import VARIANTS, CheckpointError
+from runtime import RuntimeUnavailable
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -88,17 +90,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 EXPECTED = (
-    FileNotFoundError,
+    OSError,
     CheckpointError,
     ExportError,
     TraceError,
     ParityError,
     BundleError,
     BuildError,
+    RuntimeUnavailable,
     Occupied,
-    MemoryError,
 )
-"""What a user can meet and mend."""
+"""What a user can meet and mend; so is lack of memory, and what ONNX Runtime raises."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{parser.prog}: interrupted; the same command goes on from the last finished step\n")
         return 130
     except Exception as error:
-        if not isinstance(error, EXPECTED) and not is_no_room(error):
+        if not (isinstance(error, EXPECTED) or is_no_room(error) or is_no_memory(error) or is_of_onnxruntime(error)):
             raise
         line = " ".join(f"{str(error) or type(error).__name__}{way_out(error)}".split())
         sys.stderr.write(f"{parser.prog}: {line}\n")

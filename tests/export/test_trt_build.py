@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import export.build_errors
 import export.engine_bundle
 import export.flavour
 import export.onnx_export
+import export.trt_build
 import plugins
 from benchmarks.corruptions import run
 from bundle import Bundle, EngineMismatch, HashMismatch, find_engine, read_bundle, write_bundle
@@ -37,7 +39,7 @@ from export.trt_build import main
 from export.verify import Answers
 from models import save_checkpoint
 from parity import read_proof, run_gate
-from runtime import Gpu
+from runtime import EngineRefused, Gpu
 from tests.conftest import has_gpu
 from tests.export.conftest import Exported
 from tests.export.small import CANVASES, build, small
@@ -335,7 +337,12 @@ def test_tensorrt_builds_for_later_gpus_when_asked(monkeypatch: pytest.MonkeyPat
     [
         (NotBuilt("rtx built no engine for sm86: OutOfMemory (no details)"), "smaller --max-batch-size"),
         (NotBuilt("Skipping tactic 3 due to insufficient memory on requested size"), "smaller --max-batch-size"),
-        (MemoryError(), "smaller --max-batch-size"),
+        (MemoryError(), "smaller --canvases"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "smaller --canvases",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/bundles"), "where this user may write"),
         (PluginMissing("libx.so brings no plugin MSDeformAttn: undefined symbol"), "python -m plugins.build"),
         (NotParsed("node n (NonZero): unsupported"), "serve the bundle with ONNX Runtime"),
         (OSError(errno.ENOSPC, "No space left on device"), "on another disk"),
@@ -344,6 +351,43 @@ def test_tensorrt_builds_for_later_gpus_when_asked(monkeypatch: pytest.MonkeyPat
 )
 def test_ways_out(error: Exception, said: str | None) -> None:
     assert said in way_out(error) if said else way_out(error) == ""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "/bundles/r50"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        EngineRefused("cells.engine cannot be loaded by tensorrt 10.14"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_user_can_mend_is_one_line(
+    error: Exception, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(export.trt_build, "build_engine", failing)
+    assert main(["--checkpoint", str(weights)]) == 1
+    said = capsys.readouterr().err
+    assert (str(error) or "MemoryError") in said
+    assert said.count("\n") == 1
+
+
+def test_what_onnx_runtime_raises_is_one_line(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export.trt_build, "build_engine", lambda *_, **__: onnxruntime.InferenceSession(b"no graph"))
+    assert main(["--checkpoint", str(weights)]) == 1
+    assert "[ONNXRuntimeError]" in capsys.readouterr().err
+
+
+def test_a_fault_of_the_program_is_not_hidden(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.trt_build, "build_engine", lambda *_, **__: [][1])
+    with pytest.raises(IndexError):
+        main(["--checkpoint", str(weights)])
 
 
 def report_of(layers: dict[tuple[str, str], int], *inputs: tuple[str, ...]) -> LayerReport:
@@ -440,6 +484,7 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
         ({"output": None}, "--output is needed"),
         ({"checkpoint": Path("nowhere.pth")}, r"no checkpoint at nowhere\.pth"),
         ({"typical_batch_size": 9}, r"typical batch size 9 is not in 1\.\.8"),
+        ({"workspace_mib": 0}, "--workspace-mib is 0; it must be at least 1"),
     ],
 )
 def test_what_is_asked_is_checked_first(weights: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
