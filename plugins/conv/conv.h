@@ -50,6 +50,10 @@ void conv_winograd(int64_t in_channels, int64_t out_channels, const float* weigh
 typedef void (*ConvForEach)(void* caller, void (*work)(void* data, size_t index), size_t count, void* data);
 int conv_forward(const ConvParams* params, ConvForEach for_each, void* caller);
 
+// For how many threads work is cut here: the process's cores by its affinity and by the container's quota, which is
+// read below `cgroup`.
+int64_t conv_cores(const char* cgroup);
+
 // What it runs on here: "avx512", "avx2" or "portable"; the best one, unless another was set (for tests and
 // benchmarks). Setting returns -1 for a path that does not run here.
 const char* conv_cpu_path(void);

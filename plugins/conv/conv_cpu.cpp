@@ -9,11 +9,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <thread>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "conv_cores.h"
 
 #define CONV_INLINE inline __attribute__((always_inline))
 
@@ -157,7 +158,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t block_values(const Job& job) { return kRows * job.depth * (job.winograd ? kElements : 1); }
 
 int64_t threads_here() {
-  static const int64_t count = std::max(1u, std::thread::hardware_concurrency());
+  static const int64_t count = conv_cores("/sys/fs/cgroup");
   return count;
 }
 
@@ -309,6 +310,8 @@ extern "C" int conv_forward(const ConvParams* params, ConvForEach for_each, void
   }
   return job.failed.load(std::memory_order_relaxed) ? -1 : 0;
 }
+
+extern "C" int64_t conv_cores(const char* cgroup) { return cores_here(cgroup); }
 
 extern "C" const char* conv_cpu_path(void) { return chosen().load(std::memory_order_relaxed)->name; }
 

@@ -179,6 +179,13 @@ ort::Status* compute(void* node, ort::KernelContext* context) {
     p.width = wanted[2];
     output[1] = conv_out_height(&p);
     output[2] = conv_out_width(&p);
+    const ConvWindow& w = p.window;
+    const int64_t pads[] = {w.pad_top, w.pad_left, w.pad_bottom, w.pad_right};
+    const int64_t reach[] = {w.dilation_h * (w.height - 1) + 1, w.dilation_w * (w.width - 1) + 1};
+    if (output[1] < 1 || output[2] < 1)
+      return invalid(kernel, "%s, %s, has no room with pads %s for a window that reaches over %s pixels",
+                     kInputNames[kX], ort::Brackets(in[kX]).text, ort::Brackets(pads, 4).text,
+                     ort::Brackets(reach, 2).text);
   }
   if (kernel.op.adds)
     if (ort::Status* failed = check_sizes(kernel, kShortcut, in[kShortcut], output, rank)) return failed;

@@ -7,6 +7,7 @@
 // also what the function in the model file computes: this one only is faster.
 #include <cstdarg>
 #include <cstdio>
+#include <mutex>
 
 #include "../conv/conv_onnxruntime.h"
 #include "msda.h"
@@ -230,10 +231,10 @@ TypedOp cuda_op(int type) {
 }
 #endif
 
-// A domain for every session of the process; null where ONNX Runtime made none. ONNX Runtime only points at it, and
+// The domain that all sessions of the process share, made for the first of them. ONNX Runtime only points at it, and
 // sessions may end after our own statics do, so that it is never released.
 template <bool kWithConvs>
-ort::CustomOpDomain* shared_domain(ort::Api* api) {
+ort::Status* shared_domain(ort::Api* api, ort::CustomOpDomain** domain) {
   static const TypedOp ops[] = {
       cpu_op(ort::kFloat),
       cpu_op(ort::kFloat16),
@@ -242,17 +243,22 @@ ort::CustomOpDomain* shared_domain(ort::Api* api) {
       cuda_op(ort::kFloat16),
 #endif
   };
-  static ort::CustomOpDomain* const shared = [api]() -> ort::CustomOpDomain* {
-    ort::CustomOpDomain* domain = nullptr;
-    if (at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain)("msda", &domain) != nullptr) return nullptr;
+  static std::mutex making;
+  static ort::CustomOpDomain* shared = nullptr;
+  const std::lock_guard<std::mutex> alone(making);
+  if (shared == nullptr) {
+    ort::CustomOpDomain* made = nullptr;
+    const auto create = at<ort::CreateCustomOpDomain>(api, ort::kSlotCreateCustomOpDomain);
+    if (ort::Status* failed = create("msda", &made)) return failed;
     const auto add = at<ort::CustomOpDomainAdd>(api, ort::kSlotCustomOpDomainAdd);
     for (const TypedOp& op : ops)
-      if (add(domain, &op) != nullptr) return nullptr;
+      if (ort::Status* failed = add(made, &op)) return failed;
     for (size_t i = 0; const ort::CustomOp* op = kWithConvs ? conv_op(i) : nullptr; ++i)
-      if (add(domain, op) != nullptr) return nullptr;
-    return domain;
-  }();
-  return shared;
+      if (ort::Status* failed = add(made, op)) return failed;
+    shared = made;
+  }
+  *domain = shared;
+  return nullptr;
 }
 
 thread_local bool for_cuda = false;
@@ -273,7 +279,8 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     const auto create_status = at<ort::CreateStatus>(base->get_api(ort::kFirstApiVersion), ort::kSlotCreateStatus);
     return create_status(ort::kInvalidArgument, message);
   }
-  ort::CustomOpDomain* domain = for_cuda ? shared_domain<false>(api) : shared_domain<true>(api);
-  if (domain == nullptr) return invalid(Runtime(api), "ONNX Runtime made no domain for it");
+  ort::CustomOpDomain* domain = nullptr;
+  const auto share = for_cuda ? shared_domain<false> : shared_domain<true>;
+  if (ort::Status* failed = share(api, &domain)) return failed;
   return at<ort::AddCustomOpDomain>(api, ort::kSlotAddCustomOpDomain)(options, domain);
 }

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -271,7 +275,41 @@ def test_a_batch_of_none_is_an_empty_answer(library: Path) -> None:
     inputs = Case("", size=(1, 5, 6)).draw()
     runs = session(Case("").model(inputs), library)
     assert runs.run(None, {"x": np.zeros((0, 5, 6, 32), np.float32)})[0].shape == (0, 5, 6, 64)
-    assert runs.run(None, {"x": np.zeros((2, 0, 6, 32), np.float32)})[0].shape == (2, 0, 6, 64)
+
+
+NO_ROOM = [
+    Case("too low", size=(1, 2, 9), pads=NO_PADS),
+    Case("too narrow", size=(1, 9, 1), pads=(1, 0, 1, 1)),
+    Case("too small for a dilated window", size=(1, 4, 4), dilation=2, pads=NO_PADS),
+    Case("too small for a stride", size=(1, 2, 6), window=5, stride=3, pads=NO_PADS),
+    Case("no rows", size=(2, 0, 6)),
+    Case("no rows, window 1", size=(2, 0, 6), window=1, pads=NO_PADS),
+    Case("no pictures, too low", size=(0, 2, 9), pads=NO_PADS),
+]
+
+
+@pytest.mark.parametrize("case", NO_ROOM, ids=str)
+def test_a_window_that_does_not_fit_is_an_error_as_it_is_of_onnx_runtimes_own(case: Case, library: Path) -> None:
+    model = case.model(Case("", channels=case.channels, window=case.window).draw(), with_function=True)
+    x = {"x": np.zeros((*case.size, case.channels[0]), np.float32)}
+    with pytest.raises(Exception, match="Invalid input shape"):
+        session(model, None).run(None, x)
+    reach = case.dilation * (case.window - 1) + 1
+    shape, pads = (re.escape(str(list(each))) for each in (x["x"].shape, case.pads))
+    message = rf"NhwcConv: x, {shape}, has no room with pads {pads} for a window that reaches over \[{reach}, {reach}\]"
+    with pytest.raises(Exception, match=message):
+        session(model, library).run(None, x)
+
+
+def test_pads_that_hold_the_window_are_enough(library: Path) -> None:
+    """A picture of no rows has outputs then: the bias alone."""
+    case = Case("", size=(2, 0, 6), pads=(2, 2, 2, 2))
+    inputs = Case("").draw()
+    model = case.model(inputs, with_function=True)
+    x = {"x": np.zeros((2, 0, 6, 32), np.float32)}
+    native, function = (session(model, each).run(None, x)[0] for each in (library, None))
+    assert native.shape == function.shape == (2, 2, 8, 64)
+    assert np.array_equal(native, np.broadcast_to(inputs["bias"], native.shape))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -331,3 +369,36 @@ def test_a_weight_that_is_computed_is_refused(library: Path) -> None:
     model.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, [None] * 5))
     with pytest.raises(Exception, match="NhwcConv: weight must be a constant of the model"):
         session(model, library)
+
+
+@pytest.mark.parametrize(
+    ("files", "paid"),
+    [
+        pytest.param({}, None, id="no control groups"),
+        pytest.param({"cpu.max": "max 100000"}, None, id="no quota"),
+        pytest.param({"cpu.max": "100000 100000"}, 1, id="a core"),
+        pytest.param({"cpu.max": "100001 100000"}, 2, id="more than a core"),
+        pytest.param({"cpu.max": "1000 100000"}, 1, id="a hundredth of a core"),
+        pytest.param({"cpu.max": "900000 100000000"}, 1, id="another period"),
+        pytest.param({"cpu.max": "100000"}, None, id="half a file"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, id="version 1, no quota"),
+        pytest.param({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1, id="version 1, half"),
+    ],
+)
+def test_work_is_cut_for_the_cores_that_the_container_may_use(
+    library: Path, tmp_path: Path, files: dict[str, str], paid: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    cores = len(os.sched_getaffinity(0))
+    assert ctypes.CDLL(str(library)).conv_cores(str(tmp_path).encode()) == min(cores, paid or cores)
+
+
+def test_work_is_cut_for_the_cores_that_the_process_may_use(library: Path, tmp_path: Path) -> None:
+    program = (
+        "import ctypes, os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "print(ctypes.CDLL(sys.argv[1]).conv_cores(sys.argv[2].encode()))"
+    )
+    command = [sys.executable, "-c", program, str(library), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout == "1\n"

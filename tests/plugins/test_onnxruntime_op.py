@@ -228,3 +228,59 @@ print(seen)
         [sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=True, timeout=60
     )
     assert "ONNX Runtime 1.17.3 is too old, 1.24 or newer is needed" in done.stdout
+
+
+# RegisterCustomOps with a runtime of Python functions, whose call number argv[2] fails, and then once more.
+FAILING_RUNTIME = """
+import ctypes, sys
+from ctypes import c_char_p, c_void_p
+DOMAIN, FAILURE = 4096, 1234
+calls, fails_at = [], int(sys.argv[2])
+
+def answer(what):
+    calls.append(what)
+    return FAILURE if len(calls) == fails_at else None
+
+@ctypes.CFUNCTYPE(c_void_p, c_char_p, ctypes.POINTER(c_void_p))
+def create_domain(name, domain):
+    failure = answer("create")
+    domain[0] = None if failure else DOMAIN
+    return failure
+
+@ctypes.CFUNCTYPE(c_void_p, c_void_p, c_void_p)
+def add_op(domain, op):
+    assert domain == DOMAIN
+    return answer("op")
+
+@ctypes.CFUNCTYPE(c_void_p, c_void_p, c_void_p)
+def add_domain(options, domain):
+    assert domain == DOMAIN
+    return answer("domain")
+
+table = (c_void_p * 500)()
+table[26:29] = [ctypes.cast(each, c_void_p) for each in (create_domain, add_op, add_domain)]
+get_api = ctypes.CFUNCTYPE(c_void_p, ctypes.c_uint32)(lambda version: ctypes.addressof(table))
+base = (c_void_p * 2)(ctypes.cast(get_api, c_void_p))
+register = ctypes.CDLL(sys.argv[1]).RegisterCustomOps
+register.restype, register.argtypes = c_void_p, [c_void_p, c_void_p]
+
+assert register(None, ctypes.addressof(base)) == FAILURE, calls
+print(calls[-1], len(calls) == fails_at)
+del calls[:]
+fails_at = 0
+assert register(None, ctypes.addressof(base)) is None
+print(calls[-1])
+"""
+
+
+@pytest.mark.parametrize(("call", "name"), [(1, "create"), (2, "op"), (5, "op")])
+def test_a_runtime_that_makes_no_domain_is_quoted_and_asked_again(library: Path, call: int, name: str) -> None:
+    """The status that it gave is returned, nothing is called after it, and the next session may well work."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_RUNTIME, str(library), str(call)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.split() == [name, "True", "domain"], done.stderr
