@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 import plugins
 from benchmarks.corruptions import CORRUPTIONS, Corruption, rounded_to_half, run
 from bundle import Bundle, Canvas, embedded_bundle, read_bundle
+from export.calibrate import calibrate
+from export.plain import plain_graph
 from export.precision import to_half
+from export.quantisable import layers_of
+from export.quantise import quantise
 from export.trace import trace
 from models import load_checkpoint
 from parity import Expected, GateReport, Infer, Proof, read_proof, run_gate
-from parity.gate import batches_of
+from parity.gate import batches_of, noise_of
 from tests.parity.test_proof import small_proof
 
 BATCH_SIZE = 3
@@ -47,6 +51,16 @@ EXPECTED = {
     "half the detections": {"boxes"},
 }
 """Corruption to the figures that have to be among those that catch it."""
+IN_INTEGERS = {
+    "two channels swapped": {"median box error"},
+    "red and blue swapped": {"median box error", "strays"},
+    "corners aligned in the sampling": {"median box error"},
+    "one slot's answer zero": {"labels"},
+    "slots turned by one": {"strays"},
+    "mask ignored": {"strays"},
+    "two labels swapped": {"strays"},
+}
+"""The same of a graph in 8 bits, whose noise hides single weights, coordinates in half, and a neighbour's 1/32."""
 OF_THE_GRAPH = {name for name in list(EXPECTED)[:7] if not name.startswith("red")}
 
 
@@ -132,6 +146,38 @@ def test_a_corrupted_engine_of_half_precision_is_caught(
 def test_a_corrupted_graph_of_float32_is_caught(full: onnx.ModelProto, proof: Proof, corruption: Corruption) -> None:
     report = gate(corruption.engine(full, plugins.onnxruntime_library()), proof, "fp32")
     assert set(report.caught_by) >= EXPECTED[corruption.name], report.failures[:5]
+
+
+@pytest.fixture(scope="module")
+def integers(full: onnx.ModelProto, proof: Proof) -> tuple[onnx.ModelProto, Proof]:
+    """The network in 8 bits, its ranges from the proof's own pictures; and the proof with the noise measured of it."""
+    plain = plain_graph(full)
+    pictures = proof.canvases[0].pictures()
+    feeds = [{"images": pictures.images[[i]], "sizes": pictures.sizes[[i]]} for i in range(len(pictures.sizes))]
+    layers = layers_of(plain)
+    library = plugins.onnxruntime_library()
+    graph = quantise(plain, layers, calibrate(plain, layers, feeds, library, 1))
+    report = run_gate(run(graph, library), proof, "int8", (1,), [proof.canvases[0].canvas])
+    assert report.passed, report.failures
+    return graph, replace(proof, integers=noise_of(report))
+
+
+def test_a_right_graph_in_integers_passes_with_room(integers: tuple[onnx.ModelProto, Proof]) -> None:
+    """By another kernel of the op than its noise was measured with, and in another batch size."""
+    graph, proof = integers
+    report = gate(run(graph, None), proof, "int8", rounds=None)
+    assert report.passed, report.failures
+    for name, noise in noise_of(report).items():
+        assert noise < 1.2 * proof.integers[name], "where the limit is 1.5"
+
+
+@pytest.mark.parametrize("corruption", [c for c in CORRUPTIONS if c.name in IN_INTEGERS], ids=lambda c: c.name)
+def test_a_corrupted_graph_in_integers_is_caught(
+    integers: tuple[onnx.ModelProto, Proof], corruption: Corruption
+) -> None:
+    graph, proof = integers
+    report = gate(corruption.engine(graph, plugins.onnxruntime_library()), proof, "int8", rounds=None)
+    assert set(report.caught_by) >= IN_INTEGERS[corruption.name], report.failures[:5]
 
 
 def test_every_corruption_has_its_expectation() -> None:
