@@ -122,7 +122,7 @@ void resize(const uint8_t* source, int64_t height, int64_t width, uint8_t* targe
   const Down down(lines);
   const int64_t source_bytes = width * kChannels, bytes = target_width * kChannels;
 
-  // Kernels read some taps of no weight. Beyond the picture's last rows these are those of copies.
+  // Kernels read taps of no weight, too, beyond a row's end or the last row: the last rows are copies with room behind.
   const int64_t reach = (columns.most + 1) * kChannels + kBlock;
   const int64_t copied = std::min(height, (reach - 1) / source_bytes + 1), own = height - copied;
   std::vector<uint8_t> copies(size_t(copied * source_bytes + reach));
