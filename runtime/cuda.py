@@ -155,7 +155,6 @@ class BoundCuda:
             finally:
                 self._call("cudaGraphDestroy", graph)
         except CudaFailed as error:
-            self._cuda.cudaGetLastError()  # it has been told
             raise CaptureFailed(str(failed or error)) from error
 
     def launch(self, graph: Handle, stream: Handle) -> None:
@@ -183,8 +182,8 @@ def call(cuda: Any, name: str, *arguments: Any) -> Any:
         return results[0] if results else None
     said = cuda.cudaGetErrorString(status)[1]
     text = said.decode() if isinstance(said, bytes) else str(said)
+    cuda.cudaGetLastError()  # it is told here: a kernel that looks for its own error afterwards is not to find this one
     if status == cuda.cudaError_t.cudaErrorMemoryAllocation:
-        cuda.cudaGetLastError()  # the next call is not to stumble over it
         size = f" of {arguments[0] / 2**20:.0f} MiB" if name in ("cudaMalloc", "cudaHostAlloc") else ""
         raise OutOfGpuMemory(
             f"{name}{size}: {text}; set max_batch_size or engine_instances lower, or end what else uses the GPU"

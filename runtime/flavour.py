@@ -57,7 +57,8 @@ def log_of(trt: Any) -> Any:
 
         def reason(self) -> str:
             """The first error since they were cleared, in one line: the ones after it are its consequences."""
-            return self.errors[0].splitlines()[0] if self.errors else "no reason given"
+            lines = "\n".join(tuple(self.errors)).strip().splitlines()  # of a copy: other threads may clear them
+            return lines[0] if lines else "no reason given"
 
     return Log()
 

@@ -121,10 +121,9 @@ class Program:
 
     def free(self) -> None:
         """Give back what it holds. Its stream must be idle."""
-        if self._graph is not None:
-            self._cuda.free_graph(self._graph)
-            self._graph = None
-        self._context = None
+        graph, self._graph, self._context = self._graph, None, None
+        if graph is not None:
+            self._cuda.free_graph(graph)
 
     def _capture(self, stream: Handle) -> None:
         ask = getattr(self._context, "is_stream_capturable", None)  # RTX has it

@@ -230,7 +230,8 @@ class TensorRTSession:
 
     def _drop_programs(self) -> None:
         while self._programs:
-            self._programs.popitem()[1].free()
+            with suppress(CudaFailed):  # as in `_quietly`
+                self._programs.popitem()[1].free()
         del self._contexts
 
     @contextmanager

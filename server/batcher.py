@@ -150,7 +150,8 @@ class Batcher:
     async def close(self, patience_s: float = 0.0) -> list[Future[None]]:
         """Fail what is left (nothing, if all requests were waited for), and let the engines go.
 
-        Waits for up to `patience_s` until they have given back what they hold; a future is of one that has not yet.
+        Waits for up to `patience_s` until they have given back what they hold; a future is of one that has not yet, or
+        that hung and was left behind long ago.
         """
         self._closed = True
         for entry in self._queue.drop_expired(float("inf")):
@@ -160,6 +161,7 @@ class Batcher:
             done, _ = await asyncio.wait([asyncio.wrap_future(each) for each in closed], timeout=patience_s)
             for error in filter(None, (each.exception() for each in done)):
                 logger.warning("an engine could not be closed: %s: %s", type(error).__name__, error)
+        closed += [each for lane in self._lanes for each in lane.hanging]
         return [each for each in closed if not each.done()]
 
     @property

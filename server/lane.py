@@ -121,6 +121,11 @@ class Lane:
         return self._runs[1].batch if len(self._runs) > 1 else None
 
     @property
+    def hanging(self) -> "list[Future[None]]":
+        """Of engines that hang and were left behind: done once they have let go."""
+        return [runner.close() for runner in self._abandoned if runner.alive]
+
+    @property
     def down_s(self) -> float:
         """Seconds since the engine was lost; 0 while it works."""
         return 0.0 if self.up else self._clock() - self._lost_at_s

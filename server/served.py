@@ -1,6 +1,7 @@
 """One bundle at work: its engines behind their queue, what is known of their speed, and the requests that use it."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,8 @@ from server.metrics import Metrics
 from server.preprocess import PreparedImage
 from server.settings import Settings
 
+logger = logging.getLogger("ddetr.served")
+
 LEAST_FAILURES = 3  # one picture that no engine takes, and its sender's two further tries, condemn no bundle
 CLOSE_S = 10.0  # longest wait for engines to give their memory back
 
@@ -36,7 +39,10 @@ class Opened:
     def close(self) -> None:
         """Let them go unused."""
         for engine in self.engines:
-            engine.close()
+            try:
+                engine.close()
+            except Exception:  # the others hold memory, too
+                logger.exception("%s could not be closed", engine.name)
 
 
 def open_bundle(

@@ -107,8 +107,8 @@ class TensorRTEngine:
         began_s = time.monotonic()
         try:
             self._session = _open(path, record, gpu, settings.engine_cache)
-        except RuntimeUnavailable as error:
-            raise StartupError(str(error)) from error
+        except Exception as error:
+            raise _refused(path, error) from error
         try:
             self._check(path, settings.max_batch_size)
             for canvas in self.manifest.canvases:
@@ -117,8 +117,8 @@ class TensorRTEngine:
             self._session.keep_kernels()
         except BaseException as error:
             self._session.close()
-            if isinstance(error, RuntimeUnavailable):
-                raise StartupError(str(error)) from error
+            if isinstance(error, Exception):
+                raise _refused(path, error) from error
             raise
         graphs = "CUDA graphs" if self._session.graphs else "no CUDA graphs"
         self.name = f"{self._session.name}, {record.precision}, {graphs}"
@@ -150,6 +150,13 @@ class TensorRTEngine:
         for canvas in self.manifest.canvases:
             if (takes := most.get((canvas.height, canvas.width), 0)) < max_batch_size:
                 raise StartupError(_refusal(path.name, canvas, takes, max_batch_size))
+
+
+def _refused(path: Path, error: Exception) -> StartupError:
+    """Whatever TensorRT's bindings raise, of a version that nobody has tried: the next kind of engine may do."""
+    if isinstance(error, StartupError):
+        return error
+    return StartupError(str(error) if isinstance(error, RuntimeUnavailable) else f"{path}: {error!r}")
 
 
 def _warmed(max_batch_size: int, canvases: int) -> list[int]:

@@ -216,6 +216,18 @@ def test_after_an_error_that_stays_it_can_still_be_closed(open_session: Open, cu
     session.close()
 
 
+def test_a_graph_that_cannot_be_freed_keeps_no_context(open_session: Open, cuda: FakeCuda, trt: FakeTrt) -> None:
+    session = open_session()
+    for count in (1, 2, 3):
+        session.warm(count, 64, 96)
+    cuda.fail("free_graph", CudaFailed("cudaGraphExecDestroy: an illegal memory access was encountered"), 2)
+    session.close()
+    assert cuda.left() == ["1 graphs"], "the one that could not be"
+    cuda._graphs.clear()
+    gc.collect()
+    assert trt.alive["context"] == trt.alive["engine"] == 0
+
+
 def test_what_rtx_compiles_is_kept_for_the_next_time(
     open_session: Open, trt: FakeTrt, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -153,3 +153,13 @@ def test_the_real_runtime_takes_our_plugin_and_refuses_an_engine_without_a_gpu(r
             open_on(GPU, path, "rtx", rtx, cuda, plugins.tensorrt_library())
     with pytest.raises(PluginRefused, match="brings rtx .* no plugin MSDeformAttn"):
         open_on(GPU, path, "rtx", rtx, cuda, tmp_path / "absent.so")
+
+
+def test_of_several_errors_the_first_line_is_told_and_an_empty_one_is_none(cuda: FakeCuda) -> None:
+    log = log_of(FakeTrt(cuda))
+    error = log.ERROR if hasattr(log, "ERROR") else double.ILogger.Severity.ERROR
+    log.log(error, "")
+    assert log.reason() == "no reason given"
+    log.log(error, "the first")
+    log.log(error, "its consequence\nand more")
+    assert log.reason() == "the first"

@@ -180,3 +180,14 @@ def test_an_engine_in_a_lost_ones_place_is_compared_as_one_of_its_kind(
     opened.reopen[0]()
     assert proving.seconds == [60.0, 3.0], "a kind that is new here has the time of a start"
     assert proving.compared[0] is proving.compared[1]
+
+
+def test_one_that_cannot_be_closed_keeps_no_other_from_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck(FakeEngine):
+        def close(self) -> None:
+            raise RuntimeError("an illegal memory access")
+
+    engines = [Stuck(), FakeEngine()]
+    Opened(engines).close()
+    assert engines[1].closed
+    assert "fake could not be closed" in caplog.text

@@ -352,6 +352,26 @@ def test_engines_that_hang_in_a_trial_are_counted(clock: Clock, monkeypatch: pyt
     run(test)
 
 
+def test_engines_that_were_left_behind_hanging_are_counted_too() -> None:
+    async def test(site: SwapSite) -> None:
+        for version in ("8", "9", "10"):
+            swapping = site.swap(f"/bundles/{version}", shadow_percent=100, shadow_seconds=60)
+            await site.until(lambda: site.service.shadow is not None)
+            hung = site.bundles.opened[version]
+            hung.gate.clear()
+            hung_too.append(hung)
+            assert await site.version() == FIRST
+            assert "its engine died or hung on a live picture" in (await swapping).text
+        assert "3 openings or engines hang" in (await site.swap("/bundles/11")).text
+        for engine in hung_too:
+            engine.gate.set()
+        await site.until(lambda: all(engine.closed for engine in hung_too))
+        assert (await site.swap("/bundles/11")).status_code == 200
+
+    hung_too: list[FakeEngine] = []
+    run(test, stall_timeout_ms=100)
+
+
 def test_a_trial_in_which_nothing_was_compared_promotes_nothing(clock: Clock) -> None:
     async def test(site: SwapSite) -> None:
         site.bundles.manifests["8"] = OTHER_SIZE

@@ -279,6 +279,25 @@ def test_one_that_cannot_be_opened_makes_way(gpus: Gpus, tmp_path: Path, caplog:
     assert gpus.cuda.left() == []
 
 
+def test_whatever_its_bindings_raise_another_kind_serves(
+    gpus: Gpus, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_one(*_: object, **__: object) -> object:
+        raise AttributeError("'ICudaEngine' object has no attribute 'device_memory_size_v2'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.tensorrt_engine.open_tensorrt", open_one)
+        got = open_proven(settings_for(bundle), bundle, Metrics(), 0.0)
+    assert got.engine.name.startswith("onnxruntime")
+    assert "has no attribute 'device_memory_size_v2'" in got.verdict.unavailable[0]
+    got.engine.close()
+    gpus.cuda.fail("on_gpu", TypeError("incompatible function arguments"), 1)
+    got = open_proven(settings_for(bundle), bundle, Metrics(), 0.0)
+    assert "incompatible function arguments" in got.verdict.unavailable[0]
+    got.engine.close()
+    assert gpus.cuda.left() == []
+
+
 def test_one_without_a_canvas_of_the_bundle_is_refused(gpus: Gpus, tmp_path: Path) -> None:
     plan = Plan(profiles=((64, 96, 4), (64, 64, 2), (96, 64, 4)))
     bundle = bundle_with(tmp_path / "short", SM80, plan=plan)
