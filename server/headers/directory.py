@@ -12,6 +12,10 @@ _MOST_TAGS = 4096
 """Cameras write a hundred."""
 
 
+class TooManyTags(ValueError):
+    """A directory that is there, and longer than any."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tag: its values lie at `offset`."""
@@ -28,6 +32,7 @@ class Directory:
     data: bytes
     order: str  # of bytes, as `struct` writes it
     entries: dict[int, Entry]
+    end: int  # where it says where the next one is
 
     def integers(self, tag: int, count: int) -> tuple[int, ...]:
         """The first values of `tag`. Raises ValueError if they are no integers, struct.error where the data ends."""
@@ -50,7 +55,7 @@ class Directory:
 def read_directory(data: bytes) -> Directory:
     """The first directory of a TIFF file, a large one (BigTIFF) too.
 
-    Raises ValueError if there is none, or one too long; struct.error if it is not all there.
+    Raises ValueError if there is none, and of this kind TooManyTags; struct.error if it is not all there.
     """
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:
@@ -63,11 +68,12 @@ def read_directory(data: bytes) -> Directory:
     if start >= len(data):
         raise struct.error(f"the directory is at {start} of {len(data)}")
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, start)
-    if count > _MOST_TAGS:
-        raise ValueError(f"{count} tags in one directory")
     entries: dict[int, Entry] = {}
     entry_bytes, value_bytes = (20, 8) if big else (12, 4)
     first = start + (8 if big else 2)
+    if count > _MOST_TAGS:
+        kind_of_error = TooManyTags if first + count * entry_bytes <= len(data) else ValueError
+        raise kind_of_error(f"{count} tags in one directory")
     for position in range(first, first + count * entry_bytes, entry_bytes):
         tag, kind, values = struct.unpack_from(f"{order}HH{'Q' if big else 'I'}", data, position)
         if kind not in _BYTES_OF or tag in entries:
@@ -76,4 +82,4 @@ def read_directory(data: bytes) -> Directory:
         if values * _BYTES_OF[kind] > value_bytes:
             (offset,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, offset)
         entries[tag] = Entry(kind, values, offset)
-    return Directory(data, order, entries)
+    return Directory(data, order, entries, first + count * entry_bytes)

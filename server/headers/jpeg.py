@@ -21,6 +21,9 @@ _MOST_SEGMENTS = 5000
 _MOST_JUNK_BYTES = 4096
 """Between segments, which decoders skip byte by byte."""
 
+_MOST_EXIFS = 10
+"""A file has one; some that were edited have two."""
+
 MOST_SCANS = 100
 """Every scan of a progressive JPEG goes over the whole picture; encoders write ten, and a hundred make a bomb."""
 
@@ -37,7 +40,7 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
     view = memoryview(data)
     orientation: int | None = None
     frame: bytes | None = None
-    progressive, segments, junk_bytes, dropped_bytes = False, 0, 0, 0
+    progressive, segments, exifs, junk_bytes, dropped_bytes = False, 0, 0, 0, 0
     position = 2
     while True:
         begin = data.find(b"\xff", position)
@@ -68,8 +71,11 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
             frame = data[content:position]
             progressive = marker in _PROGRESSIVE_FRAMES
             _check_frame(marker, frame, max_image_pixels)
-        elif marker == _EXIF and orientation is None and data.startswith(b"Exif\0\0", content):
-            orientation = read_orientation(data[content:position])
+        elif marker == _EXIF and data.startswith(b"Exif\0\0", content):
+            exifs += 1
+            if exifs > _MOST_EXIFS:
+                raise ImageError(f"the JPEG file has more than {_MOST_EXIFS} segments of EXIF data")
+            orientation = orientation or read_orientation(data[content:position])
         if (marker in _APPLICATION and marker not in {_JFIF, _ADOBE}) or marker == _COMMENT:
             dropped_bytes += length + 2
         else:

@@ -1,6 +1,8 @@
 """PNG: a signature, then chunks of length, kind, content and checksum."""
 
 import struct
+import zlib
+from collections.abc import Sequence
 
 from server.errors import ImageAnimated, ImageError, ImageTruncated
 from server.headers.exif import read_orientation
@@ -13,8 +15,14 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _MOST_CHUNKS = 20_000
 """A file of 32 MB whose writer cuts pixels every 8 KB has 4,000. Each costs the interpreter time."""
 
+_MOST_OTHER_CHUNKS = 1000
+"""Beside those that make pixels; files have some ten."""
+
 _MOST_INFLATION = 1040
 """zlib makes at most 1032 bytes of one."""
+
+_MOST_TEXT_BYTES = 16 << 20
+"""Of all texts and the profile, inflated. Nothing reads them here, but whoever stores the file may."""
 
 
 def read_png(data: bytes, max_image_pixels: int) -> Header:
@@ -22,6 +30,7 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
     view = memoryview(data)
     kept = [view[:_SIGNATURE_BYTES]]
     orientation, pixel_bytes, chunks = UPRIGHT, 0, 0
+    texts: list[bytes] = []  # deflated
     seen: set[bytes] = set()
     width = height = 0
     bits = color = interlaced = 0
@@ -55,7 +64,12 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
             raise ImageError(f"the PNG file has a chunk {kind!r} of {length} bytes")
         if kind in {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}:
             kept.append(view[content - 8 : position])
+        elif chunks - len(kept) >= _MOST_OTHER_CHUNKS:
+            raise ImageError(f"the PNG file has more than {_MOST_OTHER_CHUNKS} chunks beside those of its picture")
+        if kind in {b"zTXt", b"iTXt", b"iCCP"}:
+            texts.append(_deflated(kind, data[content : content + length]))
         seen.add(kind)
+    _check_texts(texts)
     row_bytes = 1 + (width * bits * _CHANNELS[color] + 7) // 8
     if pixel_bytes * _MOST_INFLATION < row_bytes * height:
         raise ImageTruncated(f"{pixel_bytes} bytes of pixels in a PNG file cannot make {width}x{height}")
@@ -67,3 +81,31 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
         peak_bytes += 2 * row_bytes * height
     whole = len(kept) == chunks + 1 and position == len(data)
     return Header("PNG", width, height, peak_bytes, orientation, data if whole else b"".join(kept))
+
+
+def _deflated(kind: bytes, content: bytes) -> bytes:
+    """The part of a text or profile that is compressed."""
+    _, _, rest = content.partition(b"\0")  # a keyword
+    if kind != b"iTXt":
+        return rest[1:]  # a method
+    if not rest.startswith(b"\1"):
+        return b""
+    _, _, rest = rest[2:].partition(b"\0")  # a language
+    return rest.partition(b"\0")[2]  # the keyword in it
+
+
+def _check_texts(texts: Sequence[bytes]) -> None:
+    """Refuse texts that would take very much memory. Few files have so many that it takes a look to know."""
+    left = _MOST_TEXT_BYTES
+    if sum(map(len, texts)) * _MOST_INFLATION <= left:
+        return
+    for text in texts:
+        inflate = zlib.decompressobj()
+        while text and left >= 0:
+            try:
+                left -= len(inflate.decompress(text, 1 << 20))
+            except zlib.error:
+                break  # junk, which takes nothing
+            text = inflate.unconsumed_tail
+        if left < 0:
+            raise ImageError(f"the texts and the profile of the PNG file inflate to more than {_MOST_TEXT_BYTES} bytes")

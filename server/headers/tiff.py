@@ -37,6 +37,8 @@ _COMPRESSIONS = {_NO_COMPRESSION, 2, 3, 4, 5, _JPEG, 8, 32773, 32946}  # fax, LZ
 _OTHER_COMPRESSIONS = {6: "JPEG as before 1995", 34712: "JPEG 2000", 34925: "LZMA", 50000: "Zstandard", 50001: "WebP"}
 _COMPRESSION_NAMES = "none, LZW, deflate, PackBits, JPEG or fax"
 
+_MOST_PAGES = 1000
+
 _SEPARATE_PLANES = 2
 _LARGEST_TILE_PIXELS = 1 << 22
 
@@ -51,6 +53,7 @@ def read_tiff(data: bytes, max_image_pixels: int) -> Header:
 
 def _read(data: bytes, max_image_pixels: int) -> Header:
     directory = read_directory(data)
+    _check_pages(directory)
     width, height = _one(directory, _WIDTH, 0), _one(directory, _HEIGHT, 0)
     if width < 1 or height < 1:
         raise ImageError(f"the TIFF file's directory says that the picture has {width}x{height} pixels")
@@ -79,13 +82,36 @@ def _read(data: bytes, max_image_pixels: int) -> Header:
     return Header("TIFF", width, height, peak_bytes, orientation if 1 <= orientation <= 8 else UPRIGHT, file)
 
 
+def _check_pages(directory: Directory) -> None:
+    """Refuse pages without end. What is no directory ends them: it says nothing of the first page."""
+    data, order = directory.data, directory.order
+    big = data[2:4] in {b"\x2b\0", b"\0\x2b"}
+    offset, count, entry_bytes = ("Q", "Q", 20) if big else ("I", "H", 12)
+    ends, end = {directory.end}, directory.end
+    while True:
+        try:
+            (start,) = struct.unpack_from(f"{order}{offset}", data, end)
+            (tags,) = struct.unpack_from(f"{order}{count}", data, start)
+        except struct.error:
+            return
+        if not start:
+            return
+        end = start + struct.calcsize(count) + tags * entry_bytes
+        if end in ends:
+            raise ImageError("the TIFF file's pages follow each other in a circle")
+        ends.add(end)
+        if len(ends) > _MOST_PAGES:
+            raise ImageError(f"the TIFF file has more than {_MOST_PAGES} pages")
+
+
 def _strips(
     directory: Directory, width: int, height: int, planes: int, bits: int, compression: int
 ) -> dict[int, tuple[int, ...]]:
     rows = min(height, _one(directory, _ROWS_PER_STRIP, height))
     if rows < 1:
         raise ImageError("the TIFF file's directory says that its strips have no rows")
-    tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, planes * math.ceil(height / rows), compression)
+    most = planes * height
+    tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, planes * math.ceil(height / rows), most, compression)
     if compression == _NO_COMPRESSION:
         row_bytes = (width * bits + 7) // 8
         last_rows = height - (math.ceil(height / rows) - 1) * rows
@@ -102,18 +128,21 @@ def _tiles(directory: Directory, width: int, height: int, planes: int) -> dict[i
         )
     count = planes * math.ceil(width / across) * math.ceil(height / down)
     compression = _one(directory, _COMPRESSION, _NO_COMPRESSION)
-    return _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, compression) | {
+    most = planes * width * height
+    return _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, most, compression) | {
         _TILE_WIDTH: (across,),
         _TILE_HEIGHT: (down,),
     }
 
 
 def _pieces(
-    directory: Directory, offsets_tag: int, bytes_tag: int, count: int, compression: int
+    directory: Directory, offsets_tag: int, bytes_tag: int, count: int, most: int, compression: int
 ) -> dict[int, tuple[int, ...]]:
-    """Where the strips or tiles are, as many as the picture has; surplus ones are left out."""
+    """Where the strips or tiles are, as many as the picture has; surplus ones, up to `most` in all, are left out."""
     if offsets_tag not in directory.entries:
         raise ImageError("the TIFF file's directory does not say where its pixels are")
+    if (listed := directory.entries[offsets_tag].count) > most:
+        raise ImageError(f"the TIFF file's directory has {listed} strips or tiles for a picture of {most} at most")
     found = min(
         directory.entries[offsets_tag].count, directory.entries.get(bytes_tag, directory.entries[offsets_tag]).count
     )

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -193,9 +194,52 @@ def test_what_is_wrong_is_said(data: bytes, kind: type[ImageError], message: str
     assert type(caught.value) is kind
 
 
-@pytest.mark.parametrize("tags", [1, 5000, 65535])
-def test_exif_bombs_have_no_orientation(tags: int) -> None:
-    assert read_header(hostile.small_png(hostile.chunk(b"eXIf", hostile.exif_of(tags)[6:])), LIMIT).orientation == 1
+def test_exif_data_that_make_no_sense_have_no_orientation() -> None:
+    for exif_data in (hostile.exif_of(1), hostile.exif_of(5000)[:5000], b"Exif\0\0", b"Exif\0\0nonsense"):
+        assert read_header(hostile.small_png(hostile.chunk(b"eXIf", exif_data[6:])), LIMIT).orientation == 1
+        assert read_header(hostile.jpeg_segments(2, hostile.app1(exif_data)), LIMIT).orientation == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (lambda: hostile.small_png(hostile.chunk(b"eXIf", hostile.exif_of(5000)[6:])), "5000 tags"),
+        (lambda: hostile.jpeg_segments(1, hostile.app1(hostile.exif_of(5000))), "5000 tags"),
+        (lambda: hostile.jpeg_segments(11, hostile.app1(b"Exif\0\0")), "more than 10 segments"),
+        (lambda: hostile.small_png(*[hostile.chunk(b"abCd", b"")] * 1001), "more than 1000 chunks"),
+        (lambda: hostile.png_texts(b"zTXt", 100), "more than 16777216 bytes"),
+        (lambda: hostile.png_texts(b"iTXt", 1000), "more than 16777216 bytes"),
+        (lambda: hostile.png_texts(b"iCCP", 1), "more than 16777216 bytes"),
+        (hostile.tiff_loop, "in a circle"),
+        (lambda: hostile.tiff_of_directories(1001), "more than 1000 pages"),
+        (hostile.tiff_many_strips, "500000 strips"),
+    ],
+)
+def test_bombs_beside_the_picture_are_refused(data: Callable[[], bytes], named: str) -> None:
+    with pytest.raises(ImageError, match=named):
+        read_header(data(), LIMIT)
+
+
+def test_much_beside_the_picture_is_no_bomb() -> None:
+    long_text = b"k\0\0" + zlib.compress(bytes(15 << 20))
+    international = b"k\0\1\0de\0K\0" + zlib.compress(bytes(1000))
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    profile = b"k\0\0" + zlib.compress(noise)
+    junk = b"k\0\0" + noise
+    for chunks in (
+        [hostile.chunk(b"zTXt", long_text), hostile.chunk(b"iTXt", international)],
+        [hostile.chunk(b"iCCP", profile), hostile.chunk(b"zTXt", junk), hostile.chunk(b"iTXt", b"k\0\0\0\0\0" + noise)],
+        [hostile.chunk(b"abCd", bytes(5000))] * 900,
+    ):
+        assert decode(hostile.small_png(*chunks), LIMIT).size == (64, 64)
+
+
+def test_of_a_tiff_with_pages_the_first_is_read() -> None:
+    pages = hostile.tiff_of_directories(1000)
+    assert decode(pages, LIMIT).size == (64, 64)
+    assert decode(pages[:-4] + b"\xff\xff\xff\xff", LIMIT).size == (64, 64), "what is no page ends them"
+    several = encode(NOISE, "TIFF", save_all=True, append_images=[rectangle()], big_tiff=True)
+    assert decode(several, LIMIT).size == (80, 60)
 
 
 @pytest.mark.parametrize(
