@@ -92,7 +92,7 @@ def _check_pages(directory: Directory) -> None:
         try:
             (start,) = struct.unpack_from(f"{order}{offset}", data, end)
             (tags,) = struct.unpack_from(f"{order}{count}", data, start)
-        except struct.error:
+        except (struct.error, OverflowError):  # where the file has ended, or no file reaches
             return
         if not start:
             return

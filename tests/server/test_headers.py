@@ -240,6 +240,11 @@ def test_of_a_tiff_with_pages_the_first_is_read() -> None:
     assert decode(pages[:-4] + b"\xff\xff\xff\xff", LIMIT).size == (64, 64), "what is no page ends them"
     several = encode(NOISE, "TIFF", save_all=True, append_images=[rectangle()], big_tiff=True)
     assert decode(several, LIMIT).size == (80, 60)
+    large = encode(NOISE, "TIFF", big_tiff=True)
+    (start,) = struct.unpack_from("<Q", large, 8)
+    end = start + 8 + 20 * struct.unpack_from("<Q", large, start)[0]
+    for following in (2**64 - 1, 2**63, len(large)):
+        assert decode(large[:end] + struct.pack("<Q", following) + large[end + 8 :], LIMIT).size == (80, 60)
 
 
 @pytest.mark.parametrize(
