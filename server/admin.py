@@ -13,10 +13,10 @@ from server.promote import Trial
 from server.routes import gate_content, json_response, while_connected
 from server.schema import ADMIN_DELETE_RESPONSES, ADMIN_GET_RESPONSES, ADMIN_POST_RESPONSES
 from server.service import Service
+from server.settings import LONGEST_TRIAL_S
 from server.swap import Swaps
 
 _MOST_BYTES = 64 * 1024
-_LONGEST_TRIAL_S = 24 * 3600.0
 
 _KEY = {
     "name": "X-API-Key",
@@ -42,27 +42,33 @@ class SwapRequest(BaseModel):
         ),
     ]
     shadow_percent: Annotated[
-        float,
+        float | None,
         Field(
             ge=0,
             le=100,
             description="of the live pictures, shown to it before the switch and to the old bundle after it, while "
             "that is kept ready (rollback_seconds); 0: none, and no disagreement is noticed. Where the bundles resize "
-            "differently, pictures of more than 16 MiB once decoded are not shown, but counted",
+            "differently, pictures of more than 16 MiB once decoded are not shown, but counted. Default: the setting's",
         ),
-    ] = 0.0
+    ] = None
     shadow_seconds: Annotated[
-        float,
-        Field(gt=0, le=_LONGEST_TRIAL_S, allow_inf_nan=False, description="for how long, before the switch"),
-    ] = 60.0
+        float | None,
+        Field(
+            gt=0,
+            le=LONGEST_TRIAL_S,
+            allow_inf_nan=False,
+            description="for how long, before the switch. Default: the setting's",
+        ),
+    ] = None
     min_agreement: Annotated[
-        float,
+        float | None,
         Field(
             ge=0,
             le=1,
-            description="share of strong detections that both must find for it to be switched to, and to stay",
+            description="share of strong detections that both must find for it to be switched to, and to stay. "
+            "Default: the setting's",
         ),
-    ] = 0.8
+    ] = None
 
 
 def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
@@ -100,8 +106,8 @@ def build_admin_router(service: Service, swaps: Swaps) -> APIRouter:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "body"
             raise BadBody(f"{where}: {first['msg']}") from error
-        trial = Trial(asked.shadow_percent, asked.shadow_seconds, asked.min_agreement)
-        swap = swaps.begin(Path(asked.path), "request", trial)
+        said = asked.model_dump(exclude={"path"}, exclude_none=True)
+        swap = swaps.begin(Path(asked.path), "request", Trial.of(service.settings.model_copy(update=said)))
         if not wait:
             return json_response(swap.content(), 202, {"Location": "/admin/bundle"})
         await while_connected(request.receive, swap.over.wait())

@@ -15,6 +15,7 @@ from server.errors import ParityFailed, PathForbidden, StartupError
 from server.gate import Verdict
 from server.served import CLOSE_S, LEAST_FAILURES, Opened, Served
 from server.service import Service
+from server.settings import Settings
 from server.shadow import MOST_BYTES, Comparison, Shadow
 from server.worker import Worker
 
@@ -40,6 +41,11 @@ class Trial:
     percent: float = 0.0
     seconds: float = 60.0
     least_agreement: float = 0.8
+
+    @classmethod
+    def of(cls, settings: Settings) -> Trial:
+        """As the settings say."""
+        return cls(settings.shadow_percent, settings.shadow_seconds, settings.min_agreement)
 
 
 @dataclass(eq=False)

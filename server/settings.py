@@ -13,6 +13,8 @@ from server.cores import available_cores
 # Above this Pillow warns of decompression bombs, and above twice this refuses them; both stay in force.
 _PILLOW_LIMIT_PIXELS = 89_478_485
 
+LONGEST_TRIAL_S = 24 * 3600.0
+
 
 def _engine_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddetr" / "engines"
@@ -60,12 +62,18 @@ class Settings(BaseSettings):
     bundle_root: Path | None = Field(None, description="folder that bundles posted to /admin/bundle must lie in")
     watch_bundle: bool = Field(False, description="swap to what `bundle` leads to whenever that changes")
     swap_timeout_seconds: float = Field(600.0, gt=0, description="longest that a new bundle may take to be opened")
-    rollback_seconds: float = Field(
-        30.0,
+    shadow_percent: float = Field(
+        0.0,
         ge=0,
-        description="after a swap, how long the old bundle is kept ready, and held against the new one if the swap was "
-        "asked for with shadow_percent",
+        le=100,
+        description="of live pictures, shown in a swap to the new bundle before the switch, and to the old one for "
+        "rollback_seconds after it; a post to /admin/bundle may ask otherwise",
     )
+    shadow_seconds: float = Field(60.0, gt=0, le=LONGEST_TRIAL_S, description="for how long, before the switch")
+    min_agreement: float = Field(
+        0.8, ge=0, le=1, description="of the boxes in those pictures; if both bundles find less, the old one serves"
+    )
+    rollback_seconds: float = Field(30.0, ge=0, description="after a swap, how long the old bundle is kept ready")
     rollback_error_percent: float = Field(
         5.0, ge=0, le=100, description="of a new bundle's images; if its engine fails on more, the old one is back"
     )

@@ -45,7 +45,10 @@ class Swaps:
         return self._task is not None and not self._task.done()
 
     def begin(self, path: Path, cause: Cause, trial: Trial | None = None) -> Swap:
-        """Begin a swap to the bundle in folder `path`. Raises Draining, SwapInProgress or PathForbidden."""
+        """Begin a swap to the bundle in folder `path`, with a `trial` or none.
+
+        Raises Draining, SwapInProgress or PathForbidden.
+        """
         if self._service.stopping:
             raise Draining(STOPPING)
         if self.busy:
@@ -56,7 +59,7 @@ class Swaps:
         root = self._settings.bundle_root if cause == "request" else None
         if cause == "request":
             path = _place(path, root)
-        swap = self._note(path, cause, trial)
+        swap = self._note(path, cause, trial or Trial())
 
         async def run() -> None:
             await self._run(swap, path, root)
@@ -115,7 +118,7 @@ class Swaps:
             if await asyncio.to_thread(self._is_served, path):
                 logger.info("%s: what it leads to is in service already", path)
             else:
-                await self._run(self._note(path, cause), path, None)
+                await self._run(self._note(path, cause, Trial.of(self._settings)), path, None)
 
     def _is_served(self, path: Path) -> bool:
         served = self._service.served
@@ -125,8 +128,8 @@ class Swaps:
         except (BundleError, OSError, RuntimeError):  # a swap to it will say what is wrong
             return False
 
-    def _note(self, path: Path, cause: Cause, trial: Trial | None = None) -> Swap:
-        swap = Swap(str(next(self._ids)), str(path), cause, trial or Trial())
+    def _note(self, path: Path, cause: Cause, trial: Trial) -> Swap:
+        swap = Swap(str(next(self._ids)), str(path), cause, trial)
         self.history.append(swap)
         logger.info("swap %s: to %s, by %s", swap.id, path, cause)
         return swap

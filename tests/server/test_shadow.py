@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -546,6 +547,38 @@ def test_what_ends_on_the_old_bundle_is_not_shown_to_it(clock: Clock) -> None:
         await swapping
 
     run(test, rollback_seconds=3600)
+
+
+def test_a_reload_is_tried_as_the_settings_say(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        site.bundles.on_open["8"] = become(Mover)
+        site.swaps.reload("signal")
+        await site.until(lambda: site.service.shadow is not None)
+        shadow = site.service.shadow
+        assert shadow is not None
+        for number in range(1, 5):
+            assert await site.version() == FIRST
+            await site.until(lambda number=number: shadow.so_far.compared == number // 2)  # type: ignore[misc]
+        clock.now_s = 31
+        await site.until(lambda: not site.swaps.busy)
+        (swap,) = (await site.state())["swaps"]
+        assert (swap["state"], swap["shadow"]["compared"]) == ("rejected", 2)
+        assert "asked for is 0.7" in swap["reason"]
+
+    path = Path("/bundles/8")
+    run(test, bundle=path, shadow_percent=50, shadow_seconds=30, min_agreement=0.7, rollback_seconds=0)
+
+
+def test_a_request_may_ask_for_another_trial_than_the_settings_do(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        assert (await site.swap("/bundles/8", shadow_percent=0)).json()["shadow"] is None
+        swapping = site.swap("/bundles/9")
+        await site.until(lambda: site.service.shadow is not None)
+        assert await site.version() == "8"
+        clock.now_s = 31
+        assert (await swapping).json()["shadow"]["compared"] == 1
+
+    run(test, shadow_percent=100, shadow_seconds=30, rollback_seconds=0)
 
 
 def test_an_administrator_ends_a_trial(clock: Clock) -> None:
