@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,12 @@ import onnx
 import pytest
 import torch
 
+import export.proof
 import models.attention
 from bundle import embedded_bundle, read_bundle
-from export.proof import PICTURES, check_proof, make_proof, rounded_to_half
+from export.proof import HOPELESS_AFTER, MARGIN, PICTURES, TRIES, check_proof, make_proof, rounded_to_half
 from export.signatures import SIGNATURES, with_fault
-from export.verify import ParityError
+from export.verify import ParityError, Pictures, pytorch_answers
 from models import DeformableDetr
 from parity import Proof, read_proof
 from parity.limits import MEASURED
@@ -50,6 +52,42 @@ def test_half_precision_and_the_faults_are_measured(proof: Proof) -> None:
         assert set(expected.signatures) == set(SIGNATURES)
         assert any(np.abs(moved).max() > 1e-6 for moved in expected.signatures.values())
     assert not any(expected.signatures for part in others for expected in part.expected)
+
+
+def forwards_of(model: DeformableDetr, margin: float, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often the backbone computes for a proof of one canvas whose proposals all have this margin."""
+    computed: list[None] = []
+    hook = model.backbone.conv1.register_forward_hook(lambda *_: computed.append(None))
+    answer = export.proof.pytorch_answers
+    monkeypatch.setattr(
+        export.proof, "pytorch_answers", lambda *asked: (answer(*asked)[0], [margin] * len(asked[1].sizes))
+    )
+    make_proof(model, CANVASES[:1], 100)
+    hook.remove()
+    return len(computed)
+
+
+@pytest.mark.parametrize(("margin", "tries"), [(MARGIN, 1), (MARGIN / 2, TRIES), (MARGIN / 5, HOPELESS_AFTER)])
+def test_seeds_are_tried_while_there_is_hope(
+    model: DeformableDetr, margin: float, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of a picture: each try, once for all faults, and once rounded; a full-size forward takes seconds.
+    assert forwards_of(model, margin, monkeypatch) == PICTURES * (tries + 1) + PICTURES
+
+
+def test_a_signature_is_what_the_fault_does(model: DeformableDetr, proof: Proof) -> None:
+    part, fault = proof.canvases[0], "reference points in half precision"
+    pictures = part.pictures()
+    answers = []
+    for context in (nullcontext(), with_fault(fault)):
+        with context:
+            answers.append(pytorch_answers(model, Pictures(pictures.images[[1]], pictures.sizes[[1]]))[0].boxes[0])
+    moved = part.expected[1].signatures[fault]
+    there = np.abs(moved).max(-1) > 0
+    assert there.any()
+    for shift, box in zip(moved[there], part.expected[1].boxes[there], strict=True):
+        query = np.abs(answers[0] - box).max(-1).argmin()
+        np.testing.assert_allclose(shift, (answers[1] - answers[0])[query], atol=1e-6)
 
 
 def test_the_same_network_has_the_same_proof(model: DeformableDetr, proof: Proof) -> None:
