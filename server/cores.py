@@ -4,22 +4,23 @@ import math
 import os
 from pathlib import Path
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP = Path("/sys/fs/cgroup")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def available_cores(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+def available_cores(cgroup: Path = _CGROUP) -> int:
     """Cores by affinity and by the container's quota, at least 1.
 
     A container limited to 2 of 64 cores that starts 64 threads is throttled most of the time.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cgroup_limit.read_text(encoding="ascii").split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here: no quota to heed
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # control groups of version 2, and 1
+        try:
+            quota, period = " ".join((cgroup / file).read_text(encoding="ascii") for file in files).split()
+            if quota not in {"max", "-1"}:
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # none of this version: no quota to heed
     return max(1, cores)
 
 

@@ -85,7 +85,16 @@ def test_a_body_must_fit_the_queue() -> None:
 def test_cores_heed_the_containers_quota(tmp_path: Path, limit: str, expected: int | None) -> None:
     (tmp_path / "cpu.max").write_text(limit)
     without = available_cores(tmp_path / "absent")
-    assert available_cores(tmp_path / "cpu.max") == min(without, expected or without)
+    assert available_cores(tmp_path) == min(without, expected or without)
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("100000", 1), ("150000", 2), ("-1", None), ("x", None)])
+def test_cores_heed_the_quota_of_older_control_groups(tmp_path: Path, quota: str, expected: int | None) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    without = available_cores(tmp_path / "absent")
+    assert available_cores(tmp_path) == min(without, expected or without)
 
 
 @pytest.mark.parametrize("given", ["", " ", ",", " , "])
