@@ -208,6 +208,7 @@ class Promotion:
             self._service.shadow = None
             if not await shadow.rest(_REST_S):
                 raise _Hangs("its engine hangs on a live picture")
+            self._go_on(swap)
         finally:
             self._service.shadow = None
             shadow.stop()

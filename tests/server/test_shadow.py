@@ -549,6 +549,21 @@ def test_what_ends_on_the_old_bundle_is_not_shown_to_it(clock: Clock) -> None:
     run(test, rollback_seconds=3600)
 
 
+def test_one_that_is_ended_while_its_last_picture_is_waited_for_is_not_switched_to(clock: Clock) -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = await shown(site, 4)
+        engine = site.bundles.opened["8"]
+        engine.gate.clear()
+        assert await site.version() == FIRST
+        clock.now_s = 61
+        await site.until(lambda: site.service.shadow is None)
+        assert (await site.client.delete("/admin/bundle", headers=KEY)).json()["state"] == "shadowing"
+        engine.gate.set()
+        assert "rejected: an administrator ended it" in (await swapping).text
+
+    run(test)
+
+
 def test_a_reload_is_tried_as_the_settings_say(clock: Clock) -> None:
     async def test(site: SwapSite) -> None:
         site.bundles.on_open["8"] = become(Mover)
