@@ -52,8 +52,16 @@ native: $(NATIVE) ## compile the attention kernels: for the CPU; with nvcc for G
 serve: $(SERVING) $(NATIVE) ## serve the embedded model at http://localhost:8000 (PORT=...)
 	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
 
+# What computes goes two at a time, each in one thread; what measures time has the machine for itself.
+COMPUTING := $(addprefix tests/,bundle export models parity plugins runtime samples training)
+
 test: $(READY) $(NATIVE) ## run the tests (ARGS="tests/server -k batcher")
+ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(COMPUTING)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(COMPUTING))
+endif
 
 test-all: $(READY) $(NATIVE) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest --slow $(ARGS)
