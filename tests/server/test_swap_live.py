@@ -9,13 +9,16 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import pytest
 
 from parity.proof import proof_bytes
 from server.app import create_app
+from server.engine import RawDetections
 from server.malloc import give_back
 from server.onnxruntime_engine import OnnxRuntimeEngine
 from server.settings import Settings
@@ -27,14 +30,14 @@ from tests.server.tiny_bundle import write_tiny_bundle
 
 SWAPS = 20
 CLIENTS = 4
-LABELS = {"a": 1, "b": 2}
-NAMES = {"a": "red", "b": "green"}
+LABELS = {"a": 1, "b": 2, "c": 1}
+NAMES = {"a": "red", "b": "green", "c": "red"}
 MOST_GROWTH_MB = 25.0  # measured below 6; a session that stays costs 2, and its two threads' heaps more
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two good bundles with proofs, and three bad ones."""
+    """Three good bundles with proofs, and three bad ones."""
     folder = tmp_path_factory.mktemp("live")
     proofs = {}
     for version, label in LABELS.items():
@@ -143,6 +146,58 @@ def test_twenty_swaps_under_load_lose_nothing(folder: Path) -> None:
     assert after[0] == before[0], "an engine of a bundle that is gone stays in memory"
     assert after[1] <= before[1] + 2, "threads stay"
     assert after[2] < before[2] + MOST_GROWTH_MB
+
+
+def test_swaps_that_live_pictures_are_shown_in_lose_nothing_either(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a bundle that agrees, to one that does not, and to one that does until it is in service."""
+    settings = Settings(
+        bundle=folder / "a",
+        device="cpu",
+        engine_threads=1,
+        admin_keys="secret",  # type: ignore[arg-type]
+        shadow_percent=100,
+        shadow_seconds=1,
+        rollback_seconds=2,
+        stall_timeout_ms=60_000,
+    )
+    app = create_app(settings)
+    finish = OnnxRuntimeEngine.finish
+
+    def finish_elsewhere(engine: OnnxRuntimeEngine, outputs: Sequence[Any]) -> RawDetections:
+        raw = finish(engine, outputs)
+        if engine.manifest.model.version == app.state.service.served.manifest.model.version == "c":
+            return RawDetections(1 - raw.boxes[..., [2, 3, 0, 1]], raw.scores, raw.labels)
+        return raw
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "finish", finish_elsewhere)
+    stop = threading.Event()
+    with live(app) as port:
+        clients = [Client(port, stop) for _ in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        try:
+            status, content = post(port, folder / "a")
+            swap = json.loads(content)
+            assert (status, swap["state"]) == (200, "promoted")
+            for seen in (swap["shadow"], swap["shadow_after"]):
+                assert seen["compared"] > 0
+                assert (seen["agreement"], seen["failed"]) == (1.0, 0)
+            before = at_rest()
+            status, content = post(port, folder / "b")
+            assert (status, "its answers agree with those in service to 0.000" in content) == (422, True), content
+            status, content = post(port, folder / "c")
+            assert (status, "after the switch its answers agree with the old bundle's to 0.0" in content) == (422, True)
+            after = at_rest()
+        finally:
+            stop.set()
+            for client in clients:
+                client.join(60)
+    assert [client.wrong for client in clients] == [[]] * CLIENTS
+    assert set(sum((client.answers for client in clients), Counter())) == {"a", "c"}
+    assert after[0] == before[0], "an engine of a bundle that is gone stays in memory"
+    assert after[1] <= before[1] + 2, "threads stay"
 
 
 def test_the_gate_of_a_start_reaches_the_model_page(folder: Path) -> None:
