@@ -172,6 +172,7 @@ def build(
     for profile in profiles:
         if config.add_optimization_profile(_shapes(parsed, profile)) < 0:
             raise NotBuilt(f"canvas {profile.canvas} is no profile of this network: {parsed.log.reason()}")
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine tells its layers' types
     if workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     if not parsed.flavour.times_kernels:

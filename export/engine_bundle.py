@@ -308,7 +308,7 @@ class _Build:
     def check(self, graph: dict[str, Any], built: dict[str, Any]) -> None:
         """The report of the network that the engine was built of, and the plugin's name in the engine's bytes.
 
-        TensorRT's own inspector of a finished engine is not asked: it loads the engine, which takes its GPU.
+        TensorRT's own inspector of a finished engine needs the engine's GPU: it is asked beside the gate.
         """
         path = self.step.folder / self.engine_file
 

@@ -1,7 +1,7 @@
 """A built engine against its bundle's proof, where this machine has a GPU that it runs on."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import plugins
 from bundle import Canvas, EngineRecord, ParityRecord
+from export.engine_layers import check_built, read_layers
 from export.verify import ParityError
 from parity import GateReport, Proof, run_gate
 from runtime import Gpu, NoGpu, NotInstalled, OutOfGpuMemory, TensorRTSession, gpus, open_tensorrt
@@ -44,8 +45,9 @@ def gpu_for(record: EngineRecord) -> Gpu:
 def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, progress: Any = None) -> GateReport:
     """Run the engine in file `path` on GPU number `device` in batches of 1, the typical size and the largest.
 
-    Raises CannotRun for lack of memory or of TensorRT, EngineWrong where it answers wrong, and what `runtime` raises
-    where TensorRT refuses it on the GPU that it was built for.
+    Raises CannotRun for lack of memory or of TensorRT, EngineWrong where it answers wrong, LayersWrong where it says
+    itself that its layers are of another precision, and what `runtime` raises where TensorRT refuses it on the GPU that
+    it was built for.
     """
     built_with = record.built_with.get(record.flavour, "")
     try:
@@ -57,6 +59,8 @@ def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, pro
         sizes |= {profile.max_batch_size for profile in record.profiles}
         infer = _Infer(session)
         report = run_gate(infer, proof, record.exactness, [1, *sorted(sizes - {1})], progress=progress)
+        if report.passed:
+            _check_layers(session, record, progress or (lambda _: None))
     if infer.lacked is not None:
         raise CannotRun(str(infer.lacked)) from infer.lacked
     if not report.passed:
@@ -64,6 +68,17 @@ def gate_engine(path: Path, record: EngineRecord, proof: Proof, device: int, pro
         said = "; ".join(report.failures[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
         raise EngineWrong(f"{record.file} answers wrong and is not published: {said}")
     return report
+
+
+def _check_layers(session: TensorRTSession, record: EngineRecord, say: Callable[[str], None]) -> None:
+    """Hold what the engine says of its layers against its precision. Raises LayersWrong; silence proves nothing."""
+    try:
+        layers = read_layers(session.layer_information())
+    except Exception as error:  # its answers are right, and this has not been seen on every release
+        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return
+    check_built(layers, record.precision)
+    say(layers.line)
 
 
 class _Infer:

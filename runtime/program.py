@@ -70,6 +70,12 @@ class Contexts:
             raise EngineRefused(f"the engine does not take {dict(shapes)} in profile {profile}: {why}")
         return context
 
+    def layer_information(self, context: Any) -> str:
+        """What the engine says of its own layers, as TensorRT's JSON, with the shapes of `context`."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = context
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
 
 def _kept(kernels: Path | None) -> bytes:
     """What the file holds; nothing where there is none, or it cannot be read, which costs time alone."""
@@ -102,7 +108,7 @@ class Program:
     """
 
     def __init__(self, context: Any, trt: Any, cuda: Cuda, graphs: Graphs) -> None:
-        self._context: Any = context
+        self.context: Any = context
         self._trt = trt
         self._cuda = cuda
         self._graphs = graphs
@@ -121,12 +127,12 @@ class Program:
 
     def free(self) -> None:
         """Give back what it holds. Its stream must be idle."""
-        graph, self._graph, self._context = self._graph, None, None
+        graph, self._graph, self.context = self._graph, None, None
         if graph is not None:
             self._cuda.free_graph(graph)
 
     def _capture(self, stream: Handle) -> None:
-        ask = getattr(self._context, "is_stream_capturable", None)  # RTX has it
+        ask = getattr(self.context, "is_stream_capturable", None)  # RTX has it
         if ask is not None and not ask(stream):
             self._graphs.give_up("TensorRT says that this engine's work cannot be captured")
             return
@@ -138,5 +144,5 @@ class Program:
     def _execute(self, stream: Handle) -> None:
         log = log_of(self._trt)
         log.errors.clear()
-        if not self._context.execute_async_v3(stream):
+        if not self.context.execute_async_v3(stream):
             raise CudaFailed(f"TensorRT did not queue the batch: {log.reason()}")

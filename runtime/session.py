@@ -195,6 +195,10 @@ class TensorRTSession:
         """Write the kernels that RTX has compiled by now into the file that the session was opened with."""
         self._contexts.keep_kernels()
 
+    def layer_information(self) -> str:
+        """What the engine says of its own layers, in TensorRT's JSON; call it after a batch, whose shapes it tells."""
+        return self._contexts.layer_information(next(reversed(self._programs.values())).context)
+
     def close(self) -> None:
         """Wait for what is under way, and give everything back. A second call does nothing."""
         self._resources.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import plugins
 from benchmarks.corruptions import run
 from bundle import Bundle, EngineProfile, EngineRecord, embedded_bundle, read_bundle
 from export.engine_gate import CannotRun, EngineWrong, gate_engine, gpu_for, parity_records
+from export.layers import LayersWrong
 from export.verify import ParityError
 from parity import Proof, read_proof
 from parity.pictures import draw_pictures
@@ -66,10 +68,15 @@ class Session:
     answer: Callable[..., Any]
     batches: list[int]
     closed: bool = False
+    layers: str = ""
 
     def infer(self, images: np.ndarray, sizes: np.ndarray) -> Answer:
         self.batches.append(len(images))
         return Answer(*self.answer(images, sizes))
+
+    def layer_information(self) -> str:
+        assert self.batches, "shapes are known after a batch"
+        return self.layers
 
     def close(self) -> None:
         self.closed = True
@@ -124,6 +131,48 @@ def test_a_wrong_engine_is_refused_naming_figure_and_place(
         gate_engine(Path("engine"), record, proof, 1)
     assert session.closed
     assert issubclass(EngineWrong, ParityError), "what the command says in a line"
+
+
+PLUGIN = {"Name": "a", "LayerType": "PluginV3", "Outputs": [{"Name": "x", "Format/Datatype": "Half"}]}
+FLOAT = {"Name": "b", "LayerType": "gemm", "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP32"}]}
+PLAIN = {"Name": "c", "LayerType": "kgen", "Outputs": [{"Name": "z", "Format/Datatype": "Float"}]}
+
+
+def told(*layers: object) -> str:
+    return json.dumps({"Layers": layers, "Bindings": []})
+
+
+def test_the_engines_own_report_of_its_layers_is_held_against_its_precision(
+    session: Session, record: EngineRecord, proof: Proof
+) -> None:
+    said: list[str] = []
+    session.layers = told({**FLOAT, "LayerType": "PluginV3"}, FLOAT, PLAIN)
+    gate_engine(Path("engine"), record, proof, 1, said.append)
+    assert said[-1] == "the engine's own report: 3 layers, 1 plugin, 0 half, 3 float"
+    for layers, complaint in (
+        (told(PLUGIN, FLOAT), r"2 layers, 1 plugin, 1 half, 1 float; it was to be fp32"),
+        (told(FLOAT, PLAIN), "2 layers, 0 plugin, 0 half, 2 float; the op should be a plugin"),
+    ):
+        session.layers = layers
+        with pytest.raises(LayersWrong, match=complaint):
+            gate_engine(Path("engine"), record, proof, 1, said.append)
+    half = record.model_copy(update={"precision": "fp16"})
+    session.layers = told({**FLOAT, "LayerType": "PluginV3"}, FLOAT)
+    with pytest.raises(LayersWrong, match="0 half, 2 float; it was to be fp16"):
+        gate_engine(Path("engine"), half, proof, 1, said.append)
+    session.layers = told(PLUGIN, FLOAT)
+    gate_engine(Path("engine"), half, proof, 1, said.append)
+    assert said[-1] == "the engine's own report: 2 layers, 1 plugin, 1 half, 1 float"
+
+
+@pytest.mark.parametrize("layers", ["", "[]", '{"Layers": ["a", "b"], "Bindings": []}', '{"Layers": 3}'])
+def test_an_engine_that_does_not_tell_its_layers_passes_by_its_answers(
+    session: Session, record: EngineRecord, proof: Proof, layers: str
+) -> None:
+    said: list[str] = []
+    session.layers = layers
+    assert gate_engine(Path("engine"), record, proof, 1, said.append).passed
+    assert "cannot be read" in said[-1] or "2 layers, 0 plugin, 0 half, 0 float" in said[-1]
 
 
 def test_lack_of_memory_says_nothing_about_an_engine_and_a_refusal_does(

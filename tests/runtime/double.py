@@ -68,6 +68,7 @@ class FakeTrt:
         self.ILogger = ILogger
         self.TensorIOMode, self.DataType, self.TensorLocation = TensorIOMode, DataType, TensorLocation
         self.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+        self.LayerInformationFormat = LayerInformationFormat
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
             self.IRuntimeCache = IRuntimeCache
@@ -156,6 +157,24 @@ class IRuntimeConfig:
         return isinstance(cache, IRuntimeCache)
 
 
+class LayerInformationFormat(enum.Enum):
+    ONELINE = 0
+    JSON = 1
+
+
+class EngineInspector:
+    """Tells the shapes of its context beside the engine's layers."""
+
+    execution_context: Any = None
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        assert format is LayerInformationFormat.JSON
+        shapes = {} if self.execution_context is None else self.execution_context._shapes
+        outputs = [{"Name": "x", "Format/Datatype": "Half" if shapes else "N/A due to dynamic shapes"}]
+        layer = {"Name": "msda", "LayerType": "PluginV3", "Outputs": outputs}
+        return json.dumps({"Layers": [layer], "Bindings": [f"{name} {shape}" for name, shape in shapes.items()]})
+
+
 class ICudaEngine:
     def __init__(self, trt: FakeTrt, plan: Plan, runtime: Runtime) -> None:
         self._trt, self._plan = trt, plan
@@ -201,6 +220,9 @@ class ICudaEngine:
         height, width, most = self._plan.profiles[profile_index]
         rest = (height, width, 3) if name == "images" else (2,)
         return [(count, *rest) for count in (1, most, most)]
+
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector()
 
     def create_runtime_config(self) -> IRuntimeConfig:
         return IRuntimeConfig()

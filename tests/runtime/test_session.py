@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,14 @@ def test_every_canvas_and_batch_size_answers_for_its_own_pictures(open_session: 
             for canvas in ((64, 96), (96, 64)):
                 given = batch(10 * time + count, count, *canvas)
                 check(session.infer(*given), given)
+
+
+def test_it_tells_what_the_engine_says_of_its_layers_in_the_shapes_that_were_run(open_session: Open) -> None:
+    session = open_session()
+    session.infer(*batch(1, 2))
+    told = json.loads(session.layer_information())
+    assert told["Layers"][0]["Outputs"][0]["Format/Datatype"] == "Half"
+    assert "images (2, 64, 96, 3)" in told["Bindings"]
 
 
 def test_a_batch_is_copied_while_another_is_computed(open_session: Open, cuda: FakeCuda) -> None:

@@ -91,6 +91,7 @@ DOUBLES = {
     "IPluginRegistry": double.IPluginRegistry,
     "ICudaEngine": double.ICudaEngine,
     "IExecutionContext": double.RtxExecutionContext,
+    "EngineInspector": double.EngineInspector,
     "IRuntimeConfig": double.IRuntimeConfig,
     "IRuntimeCache": double.IRuntimeCache,
 }
@@ -98,6 +99,7 @@ ENUMS = [
     double.TensorIOMode,
     double.DataType,
     double.TensorLocation,
+    double.LayerInformationFormat,
     double.ExecutionContextAllocationStrategy,
     double.DynamicShapesKernelSpecializationStrategy,
 ]
