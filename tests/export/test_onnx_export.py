@@ -235,6 +235,22 @@ def test_what_is_wrong_is_one_line(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), PermissionError("no"), MemoryError()]
+)
+def test_what_the_machine_lacks_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("export.onnx_export.export", fails)
+    assert main(["--checkpoint", "weights.pth", "--output", str(tmp_path / "bundle")]) == 1
+    said = capsys.readouterr().err
+    assert (str(error) or "MemoryError") in said
+    assert said.count("\n") == 1
+
+
 def test_a_canvas_too_small_for_the_queries_is_refused(tmp_path: Path) -> None:
     save_checkpoint(build(small("r50-two-stage")), tmp_path / "weights.safetensors")
     request = Request(tmp_path / "weights.safetensors", tmp_path / "bundle", canvases=(Canvas(height=16, width=24),))
