@@ -24,13 +24,16 @@ _MOST_INFLATION = 1040
 _MOST_TEXT_BYTES = 16 << 20
 """Of all texts and the profile, inflated. Nothing reads them here, but whoever stores the file may."""
 
+_MOST_DEFLATED_BYTES = 4 << 20
+"""Of them as they are in the file; profiles have a megabyte or two. Made for it, 30 MB take seconds to inflate."""
+
 
 def read_png(data: bytes, max_image_pixels: int) -> Header:
     """The header, and of the file only what makes pixels. Refuses animations, and files that cannot have all pixels."""
     view = memoryview(data)
     kept = [view[:_SIGNATURE_BYTES]]
     orientation, pixel_bytes, chunks = UPRIGHT, 0, 0
-    texts: list[bytes] = []  # deflated
+    texts: list[memoryview] = []  # deflated
     seen: set[bytes] = set()
     width = height = 0
     bits = color = interlaced = 0
@@ -67,7 +70,7 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
         elif chunks - len(kept) >= _MOST_OTHER_CHUNKS:
             raise ImageError(f"the PNG file has more than {_MOST_OTHER_CHUNKS} chunks beside those of its picture")
         if kind in {b"zTXt", b"iTXt", b"iCCP"}:
-            texts.append(_deflated(kind, data[content : content + length]))
+            texts.append(view[_deflated_begin(kind, data, content, content + length) : content + length])
         seen.add(kind)
     _check_texts(texts)
     row_bytes = 1 + (width * bits * _CHANNELS[color] + 7) // 8
@@ -83,29 +86,35 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
     return Header("PNG", width, height, peak_bytes, orientation, data if whole else b"".join(kept))
 
 
-def _deflated(kind: bytes, content: bytes) -> bytes:
-    """The part of a text or profile that is compressed."""
-    _, _, rest = content.partition(b"\0")  # a keyword
+def _deflated_begin(kind: bytes, data: bytes, begin: int, end: int) -> int:
+    """Where in a text or profile the part begins that is compressed; `end` or more if nothing is."""
+    keyword_end = data.find(b"\0", begin, end) + 1 or end
     if kind != b"iTXt":
-        return rest[1:]  # a method
-    if not rest.startswith(b"\1"):
-        return b""
-    _, _, rest = rest[2:].partition(b"\0")  # a language
-    return rest.partition(b"\0")[2]  # the keyword in it
+        return keyword_end + 1  # a method
+    if data[keyword_end : keyword_end + 1] != b"\1":
+        return end
+    language_end = data.find(b"\0", keyword_end + 2, end) + 1 or end
+    return data.find(b"\0", language_end, end) + 1 or end  # the keyword in it
 
 
-def _check_texts(texts: Sequence[bytes]) -> None:
+def _check_texts(texts: Sequence[memoryview]) -> None:
     """Refuse texts that would take very much memory. Few files have so many that it takes a look to know."""
-    left = _MOST_TEXT_BYTES
-    if sum(map(len, texts)) * _MOST_INFLATION <= left:
+    left, deflated_bytes = _MOST_TEXT_BYTES, sum(map(len, texts))
+    if deflated_bytes * _MOST_INFLATION <= left:
         return
+    if deflated_bytes > _MOST_DEFLATED_BYTES:
+        raise ImageError(
+            f"the compressed texts and the profile of the PNG file have {deflated_bytes} bytes, and "
+            f"{_MOST_DEFLATED_BYTES} may"
+        )
     for text in texts:
         inflate = zlib.decompressobj()
-        while text and left >= 0:
+        rest: bytes | memoryview = text
+        while rest and left >= 0:
             try:
-                left -= len(inflate.decompress(text, 1 << 20))
+                left -= len(inflate.decompress(rest, 1 << 20))
             except zlib.error:
                 break  # junk, which takes nothing
-            text = inflate.unconsumed_tail
+            rest = inflate.unconsumed_tail
         if left < 0:
             raise ImageError(f"the texts and the profile of the PNG file inflate to more than {_MOST_TEXT_BYTES} bytes")

@@ -210,6 +210,8 @@ def test_exif_data_that_make_no_sense_have_no_orientation() -> None:
         (lambda: hostile.png_texts(b"zTXt", 100), "more than 16777216 bytes"),
         (lambda: hostile.png_texts(b"iTXt", 1000), "more than 16777216 bytes"),
         (lambda: hostile.png_texts(b"iCCP", 1), "more than 16777216 bytes"),
+        (lambda: hostile.small_png(*[hostile.chunk(b"zTXt", bytes(2 << 20))] * 3), "6291450 bytes, and 4194304 may"),
+        (lambda: hostile.small_png(hostile.chunk(b"iTXt", b"k\0\1\0\0\0" + bytes(5 << 20))), "5242880 bytes"),
         (hostile.tiff_loop, "in a circle"),
         (lambda: hostile.tiff_of_directories(1001), "more than 1000 pages"),
         (hostile.tiff_many_strips, "500000 strips"),
@@ -229,6 +231,11 @@ def test_much_beside_the_picture_is_no_bomb() -> None:
     for chunks in (
         [hostile.chunk(b"zTXt", long_text), hostile.chunk(b"iTXt", international)],
         [hostile.chunk(b"iCCP", profile), hostile.chunk(b"zTXt", junk), hostile.chunk(b"iTXt", b"k\0\0\0\0\0" + noise)],
+        [
+            hostile.chunk(b"iTXt", b"k\0\0\0\0\0" + bytes(9 << 20)),
+            hostile.chunk(b"iTXt", b"k"),
+            hostile.chunk(b"zTXt", b""),
+        ],
         [hostile.chunk(b"abCd", bytes(5000))] * 900,
     ):
         assert decode(hostile.small_png(*chunks), LIMIT).size == (64, 64)
