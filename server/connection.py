@@ -1,9 +1,11 @@
 """A client's connection: uvicorn's, with an end to all that uvicorn waits for without one."""
 
 import asyncio
+import sys
 from http import HTTPStatus
 from typing import ClassVar
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -57,6 +59,7 @@ class Connection(HttpToolsProtocol):
     - Who asks first whether to send the body (`Expect: 100-continue`), and is refused, may or may not send it: what
       comes next cannot be told from a request, so the connection ends with the answer.
     - An answer of which the client reads nothing for as long is not kept.
+    - Who would rather go on in another protocol, as Java's client would in HTTP/2, is answered in this one.
     """
 
     headers_within_s: ClassVar[float] = 10.0
@@ -69,6 +72,7 @@ class Connection(HttpToolsProtocol):
     _header_bytes = 0
     _body_bytes = 0
     _bytes_around = 0
+    _upgrade_at: int | None = None  # in the data just parsed: what follows a head that asks for another protocol
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -89,7 +93,7 @@ class Connection(HttpToolsProtocol):
             self._header_bytes += len(data)
         elif self._message_begun:
             self._bytes_around += len(data)  # less those of the body, when it is known which these are
-        super().data_received(data)
+        self._parse(data)
         if self._message_begun and self._in_headers:
             if self._headers_timer is None:  # most requests' headers come at once
                 self._await_headers()
@@ -121,6 +125,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The request can be answered."""
+        if self._asks_for_upgrade():
+            return
         self._headers_are_here()
         self._body_bytes = self._bytes_around = 0
         super().on_headers_complete()
@@ -137,6 +143,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The body has come whole."""
+        if self._asks_for_upgrade():
+            return
         self._message_begun = False
         super().on_message_complete()
 
@@ -145,6 +153,30 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self._answer_timer is None:
             self._watch_answer(self.transport.get_write_buffer_size())
+
+    def _parse(self, data: bytes) -> None:
+        """The parser takes all behind a head with `Upgrade` for the other protocol: it is told the head without it."""
+        rest = memoryview(data)
+        while rest:
+            self._upgrade_at = None
+            super().data_received(rest)  # type: ignore[arg-type]
+            if self._upgrade_at is None:
+                return
+            rest = rest[self._upgrade_at :]
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+            lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+            super().data_received(b"\r\n".join([*lines, b"\r\n"]))
+
+    def _asks_for_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # Called by uvicorn where it handles the parser's exception.
+        error = sys.exception()
+        if isinstance(error, httptools.HttpParserUpgrade) and self._asks_for_upgrade():
+            self._upgrade_at = error.args[0]
 
     def _unset_keepalive_if_required(self) -> None:
         # The rest of a body that nobody wants keeps no connection open.

@@ -261,6 +261,51 @@ def test_who_asks_before_sending_is_told_to_go_on() -> None:
     run(test)
 
 
+UPGRADE = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 3", "Transfer-Encoding: chunked"])
+def test_who_would_rather_have_another_protocol_is_answered_in_this_one(framing: str) -> None:
+    content = b"abc" if framing.startswith("Content") else b"3\r\nabc\r\n0\r\n\r\n"
+
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for _ in range(2):
+            await client.send("POST /read HTTP/1.1", HOST, *UPGRADE, framing, "", body=content)
+        assert [(await client.answer())[2] for _ in range(2)] == [b"3", b"3"]
+        await client.send("POST /read HTTP/1.1", HOST, *UPGRADE[:2])
+        await asyncio.sleep(0.05)
+        await client.send(UPGRADE[2], framing, "")
+        await asyncio.sleep(0.05)
+        await client.send(body=content)
+        assert (await client.answer())[2] == b"3"
+        await client.send("GET /read HTTP/1.1", HOST, *UPGRADE, "")
+        await client.send("POST /read HTTP/1.1", HOST, framing, "", body=content)
+        assert [(await client.answer())[2] for _ in range(2)] == [b"0", b"3"]
+        assert await client.closed() == b""  # when it has been idle
+
+    run(test)
+
+
+def test_very_many_wishes_for_another_protocol_in_one_piece_are_answered() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        head = "\r\n".join(["GET /read HTTP/1.1", *UPGRADE, "", ""]).encode()
+        client._writer.write(head * 1500)
+        assert [(await client.answer())[2] for _ in range(1500)] == [b"0"] * 1500
+
+    run(test)
+
+
+def test_a_tunnel_is_refused() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("CONNECT there:443 HTTP/1.1", HOST, *UPGRADE, "")
+        assert (await client.closed()).startswith(b"HTTP/1.1 400 ")
+
+    run(test)
+
+
 def test_line_breaks_between_requests_keep_no_connection() -> None:
     async def test(connect: Callable[[], Awaitable[Client]]) -> None:
         client = await connect()
