@@ -122,7 +122,7 @@ def _dress(
 
     @app.exception_handler(ServiceError)
     async def answer_service_error(request: Request, error: ServiceError) -> Response:
-        if request.scope["path"] == DETECT_PATH:
+        if request.scope["path"].removeprefix(request.scope.get("root_path", "")) == DETECT_PATH:
             service.metrics.rejected.labels(error.code).inc()
         request.state.error_code = error.code
         if error.status == 500:

@@ -213,6 +213,9 @@ def test_behind_a_prefix_the_same_paths_are_open() -> None:
     client = TestClient(create_app(Settings(api_keys="first-key"), FakeEngine()), root_path="/cells")
     assert client.get("/cells/livez").status_code == 200
     assert client.get("/cells/model").status_code == 401
+    assert client.post("/cells/detect").status_code == 401
+    metrics = client.get("/cells/metrics", headers={"X-API-Key": "first-key"}).text
+    assert 'ddetr_rejected_total{reason="unauthorized"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/sample.jpg", "/openapi.json", "/model", "/metrics", "/nowhere"])
