@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import httptools
 import orjson
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.observe import log_refusal
@@ -65,6 +66,7 @@ class Connection(HttpToolsProtocol):
     headers_within_s: ClassVar[float] = 10.0
     most_header_bytes: ClassVar[int] = 64 * 1024
 
+    _answered: RequestResponseCycle | None = None  # just now; uvicorn's `cycle` is the newest, which may have to wait
     _in_headers = False  # or before them
     _headers_timer: asyncio.TimerHandle | None = None
     _answer_timer: asyncio.TimerHandle | None = None
@@ -86,6 +88,9 @@ class Connection(HttpToolsProtocol):
         if self._answer_timer is not None:
             self._answer_timer.cancel()
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Take in a piece of a request, of the rest of one, or of several."""
@@ -153,6 +158,10 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self._answer_timer is None:
             self._watch_answer(self.transport.get_write_buffer_size())
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _parse(self, data: bytes) -> None:
         """The parser takes all behind a head with `Upgrade` for the other protocol: it is told the head without it."""

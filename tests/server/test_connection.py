@@ -22,8 +22,13 @@ class Hasty(Connection):
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
     """/read answers with the number of bytes in the body, /refuse before it has read any, /large with very many.
 
-    /fail ends after the head, /pieces sends a body in three.
+    /fail ends after the head, /pieces sends a body in three, /wait waits until the client has left.
     """
+    if scope["path"] == "/wait":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        Recorded.left.set()
+        return
     size = 0
     if scope["path"] == "/read":
         while True:
@@ -62,6 +67,7 @@ class Writes:
 
 class Recorded(Hasty):
     written: ClassVar[list[bytes]] = []
+    left: ClassVar[asyncio.Event]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Writes(transport, self.written))  # type: ignore[arg-type]
@@ -112,6 +118,7 @@ def run(test: Callable[[Callable[[], Awaitable[Client]]], Awaitable[None]]) -> N
     Recorded.written.clear()
 
     async def body() -> None:
+        Recorded.left = asyncio.Event()
         config = uvicorn.Config(
             application,
             host="127.0.0.1",
@@ -333,6 +340,19 @@ def test_requests_that_are_sent_ahead_get_their_answers_in_order() -> None:
         for size in range(5):
             await client.send("POST /read HTTP/1.1", HOST, f"Content-Length: {size}", "", body=bytes(size))
         assert [(await client.answer())[2] for _ in range(5)] == [str(size).encode() for size in range(5)]
+
+    run(test)
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_request_is_told_that_its_client_left_whatever_was_sent_behind_it(ahead: int) -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("GET /wait HTTP/1.1", HOST, "", *["GET /read HTTP/1.1", HOST, ""] * ahead)
+        await asyncio.sleep(0.05)
+        client.close()
+        async with asyncio.timeout(5):
+            await Recorded.left.wait()
 
     run(test)
 
