@@ -154,7 +154,9 @@ class Admission:
         """Whether there were any."""
         slow = [ticket for ticket in self._readers if ticket is not needed_by and ticket.is_slow()]
         for ticket in slow:
-            self._readers.pop(ticket).reschedule(0.0)  # the time is up: BodyTimeout, in its own task
+            timeout = self._readers.pop(ticket)
+            if not timeout.expired():
+                timeout.reschedule(0.0)  # the time is up: BodyTimeout, in its own task
             ticket.leave()
         return bool(slow)
 

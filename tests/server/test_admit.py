@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -310,6 +311,38 @@ def test_a_body_that_takes_too_long_is_given_up() -> None:
 
     run(body)
     assert door.counts == (0, 0, 0)
+
+
+def test_a_slow_sender_whose_time_is_up_in_the_same_moment_is_in_nobodys_way() -> None:
+    door = Door()
+
+    async def send(admission: Admission) -> None:
+        with admission.admit(NEVER_S, length=10) as ticket:
+            async with ticket.reading():
+                await asyncio.Event().wait()
+
+    async def body() -> None:
+        limits = Limits(1, 1000, 400, body_timeout_s=0.01)
+        admission = Admission(limits, door.line, door.estimate, 1, lambda: door.now_s)
+        sender = asyncio.create_task(send(admission))
+        await asyncio.sleep(0)
+        door.now_s += 5
+        let_in: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def enter() -> None:
+            try:
+                admission.admit(NEVER_S).leave()
+                let_in.set_result(None)
+            except Exception as error:
+                let_in.set_exception(error)
+
+        asyncio.get_running_loop().call_later(0.01, enter)
+        time.sleep(0.05)  # so that both are due in one turn of the loop, the sender's end first
+        await let_in
+        with pytest.raises(BodyTimeout):
+            await sender
+
+    run(body)
 
 
 @pytest.mark.parametrize("needs", ["a place", "bytes"])
