@@ -18,6 +18,7 @@ _REMEMBERED_S = 10.0  # and no longer: a bad moment must not keep out those whos
 _MAY_BE_LATE = 1  # of these, beyond what the margin allows for
 _UNTRIED_MARGIN = 2.0
 _LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
+_HEADROOM = 1.1  # over what was learnt: machines slow down without notice
 _LEARN_EVERY_S = 0.1  # of answers that came in time; late ones count at once
 
 
@@ -131,7 +132,7 @@ class Line:
         while ratios and ratios[0][0] < now_s - _REMEMBERED_S:
             ratios.popleft()
         late = sorted((ratio for _, ratio in ratios), reverse=True)[: _MAY_BE_LATE + 1]
-        learnt = late[-1] if late else 0.0
+        learnt = min(late[-1] * _HEADROOM, _MOST_MARGIN) if late else 0.0
         share = len(ratios) / _RATIOS  # few answers do not refute what is assumed before there are any
         margin = share * learnt + (1 - share) * max(learnt, _UNTRIED_MARGIN)
         self._margins[priority] = max(margin, _LEAST_MARGIN)

@@ -278,8 +278,8 @@ def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(d
     assert lets_in(4.1)
     for _ in range(200):
         answer(6.0)
-    assert not lets_in(5.9)
-    assert lets_in(6.1)
+    assert not lets_in(6.5)
+    assert lets_in(6.7)
     for _ in range(200):
         answer(2.0)
     door.now_s += 0.1
