@@ -283,7 +283,7 @@ def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(d
     for _ in range(200):
         answer(2.0)
     door.now_s += 0.1
-    assert lets_in(2.2)
+    assert lets_in(2.3)
     for _ in range(200):
         give_up(3.0)
     assert not lets_in(2.9)
