@@ -72,15 +72,19 @@ FLOORS = {"box_median": 1e-5, "score_median": 5e-5, "curve": 1e-4}
 def limits_for(precision: str, measured: Mapping[str, float] | None = None) -> Limits:
     """The limits of a precision ("fp32", "tf32", "fp16", "int8"); raises ValueError for another.
 
-    measured: `Proof.half`, of int8 `Proof.integers`. Those of fp32 follow nothing.
+    measured: `Proof.half`, of int8 `Proof.integers`. Those of fp32 follow nothing. Of int8 no more is believed than a
+    graph may do when it is made: a graph's own noise excuses none that is worse.
     """
     if precision not in LIMITS:
         raise ValueError(f"no limits for precision {precision!r}; there are {', '.join(LIMITS)}")
     limits = LIMITS[precision]
     if precision == "fp32" or not measured:
         return limits
-    factor = INT8_FACTOR if precision == "int8" else HALF_FACTOR
-    followed = {name: max(FLOORS[name], factor * measured.get(name, 0.0)) for name in MEASURED}
+    followed = {}
+    for name in MEASURED:
+        found, limit = measured.get(name, 0.0), getattr(limits, name)
+        limit = INT8_FACTOR * min(found, limit) if precision == "int8" else HALF_FACTOR * found
+        followed[name] = max(FLOORS[name], limit)
     return replace(limits, **followed)  # type: ignore[arg-type]  # they are all floats
 
 

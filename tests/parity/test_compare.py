@@ -146,6 +146,10 @@ def test_limits_follow_what_half_precision_was_measured_to_do() -> None:
     assert limits_for("fp32", {"box_median": 3e-5}) == LIMITS["fp32"]
     assert limits_for("int8", {"box_median": 2e-3}).box_median == pytest.approx(3e-3)
     assert limits_for("int8", {}) == LIMITS["int8"]
+    most = limits_for("int8", {"box_median": float("inf"), "score_median": 1.0, "curve": float("nan")})
+    assert most.box_median == pytest.approx(1.2e-2)
+    assert most.score_median == pytest.approx(0.075)
+    assert most.curve < 1e-3
     with pytest.raises(ValueError, match="no limits for precision 'fp8'; there are fp32, fp16, int8, tf32"):
         limits_for("fp8")
 
