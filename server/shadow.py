@@ -186,6 +186,7 @@ def agreement(
     A partner has the same label by name, at least a weak score, and an IoU of 0.5; one to one, the strongest first.
     1 where neither finds anything strong.
     """
+    one, other = _of_weight(one), _of_weight(other)
     iou = _iou(one.boxes, other.boxes)  # [K1, K2]
     same = np.array(
         [[one_names.get(a) == other_names.get(b) for b in other.labels.tolist()] for a in one.labels.tolist()], bool
@@ -204,6 +205,12 @@ def agreement(
                 free[best] = False
                 partnered += 1
     return partnered / strong if strong else 1.0
+
+
+def _of_weight(answer: RawImageDetections) -> RawImageDetections:
+    """Those that can be partners: of the hundreds in an answer most cannot, and all pairs would take 20 ms."""
+    kept = answer.scores >= _WEAK
+    return RawImageDetections(answer.boxes[kept], answer.scores[kept], answer.labels[kept])
 
 
 def _iou(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
