@@ -4,6 +4,8 @@ import ctypes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _NEVER = 2_000_000_000
+_MOST_BEFORE_2_35 = 32 << 20
+"""The largest such block that glibc before 2.35 takes from memory of its own; what is larger it refuses."""
 
 
 def keep_freed_memory() -> None:
@@ -15,5 +17,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-        mallopt(option, _NEVER)
+    # Any option ends glibc's own adapting: the trim threshold alone would have every tensor from 128 KiB on come fresh.
+    if mallopt(_MMAP_THRESHOLD, _NEVER) or mallopt(_MMAP_THRESHOLD, _MOST_BEFORE_2_35):
+        mallopt(_TRIM_THRESHOLD, _NEVER)
