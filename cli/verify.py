@@ -40,7 +40,8 @@ Every engine that this machine can run is tried: TensorRT, ONNX Runtime, and ONN
 that the file carries (`function`). With --data also AP on photographs is compared.
 
 exit status: 0 all that this machine can run passed; 1 one failed, or one that is for this machine could not be opened
-or does not take the batch sizes asked for (leave it out with --engine); 2 nothing could be compared."""
+or does not take the batch sizes asked for (leave it out with --engine); 2 nothing could be compared,
+or the report could not be written."""
 
 EXAMPLE = """\
 example:
@@ -142,17 +143,22 @@ def run(argv: Sequence[str]) -> int:
         print(f"ddetr verify: {error}", file=sys.stderr)
         return CANNOT_RUN
     content = rendered(arguments.format, bundle, proof, verdicts)
+    right = PASSED
     if arguments.output is None:
         sys.stdout.write(content)
     else:
-        arguments.output.write_text(content, encoding="utf-8")
+        try:
+            arguments.output.write_text(content, encoding="utf-8")
+        except OSError as error:
+            print(f"ddetr verify: the report cannot be written: {error}", file=sys.stderr)
+            right = CANNOT_RUN
     if not any(verdict.report for verdict in verdicts):
         print("ddetr verify: no engine could be run", file=sys.stderr)
         return CANNOT_RUN
     owed = [verdict for verdict in verdicts if verdict.owed]
     for verdict in owed:
         print(f"ddetr verify: not compared: {verdict.name}: {verdict.why}", file=sys.stderr)
-    return FAILED if owed or any(verdict.failed for verdict in verdicts) else PASSED
+    return FAILED if owed or any(verdict.failed for verdict in verdicts) else right
 
 
 def argument_parser() -> argparse.ArgumentParser:

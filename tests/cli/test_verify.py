@@ -163,6 +163,11 @@ def test_what_cannot_be_verified_is_said_in_a_line(
     assert "no annotations for 'val'" in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(embedded_bundle()), *QUICK, "--output", str(tmp_path)]) == CANNOT_RUN
+    assert f"the report cannot be written: [Errno 21] Is a directory: '{tmp_path}'" in capsys.readouterr().err
+
+
 def test_the_only_engine_asked_for_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(embedded_bundle()), "--engine", "tensorrt", "--device", "cpu"]) == CANNOT_RUN
     said = capsys.readouterr()
