@@ -182,11 +182,11 @@ def typical(rows: Sequence[Row], figure: str) -> float:
 
 
 def noise_of(report: GateReport) -> dict[str, float]:
-    """The figures that limits follow, each of the canvas where it is worst."""
+    """The figures that limits follow, each of the canvas where it is worst; 0 where there is no answer."""
     rows: dict[Canvas, list[Row]] = {}
     for row in report.rows:
         rows.setdefault(row.canvas, []).append(row)
-    return {name: max(typical(of_one, name) for of_one in rows.values()) for name in MEASURED}
+    return {name: max((typical(of_one, name) for of_one in rows.values()), default=0.0) for name in MEASURED}
 
 
 def _typical_failures(rows: Sequence[Row], limits: Limits) -> list[str]:

@@ -171,6 +171,15 @@ def test_a_right_graph_in_integers_passes_with_room(integers: tuple[onnx.ModelPr
         assert noise < 1.2 * proof.integers[name], "where the limit is 1.5"
 
 
+def test_an_engine_without_an_answer_has_no_noise(proof: Proof) -> None:
+    def infer(images: NDArray[np.uint8], sizes: NDArray[np.int64]) -> Sequence[Any]:
+        raise RuntimeError("no kernel")
+
+    report = run_gate(infer, proof, "int8", [1])
+    assert set(report.caught_by) == {"raised"}
+    assert set(noise_of(report).values()) == {0.0}
+
+
 @pytest.mark.parametrize("corruption", [c for c in CORRUPTIONS if c.name in IN_INTEGERS], ids=lambda c: c.name)
 def test_a_corrupted_graph_in_integers_is_caught(
     integers: tuple[onnx.ModelProto, Proof], corruption: Corruption
