@@ -37,7 +37,12 @@ class Contexts:
         """Write what was compiled into the file, for the next time; where nothing is compiled or kept, do nothing."""
         if self._compiled is None or self._kernels is None:
             return
-        content = bytes(self._compiled.serialize())
+        compiled = self._compiled.serialize()
+        if compiled is None:
+            why = log_of(self._trt).reason()
+            logger.warning("compiled kernels are not kept, the next start takes as long: %s", why)
+            return
+        content = bytes(compiled)
         fresh = self._kernels.with_name(f".{self._kernels.name}.{os.getpid()}")
         try:
             if self._kernels.is_file() and self._kernels.read_bytes() == content:

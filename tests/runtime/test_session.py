@@ -14,7 +14,7 @@ import pytest
 
 from runtime import CudaFailed, EngineRefused, OutOfGpuMemory, Staged, TensorRTSession
 from tests.runtime.conftest import Open
-from tests.runtime.double import FakeCuda, FakeTrt, Plan
+from tests.runtime.double import FakeCuda, FakeTrt, IRuntimeCache, Plan
 from tests.runtime.smears import Batch, batch, check
 
 
@@ -262,6 +262,15 @@ def test_kernels_that_cannot_be_kept_are_no_error(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     open_session(kernels=tmp_path / "file" / "kernels.bin").keep_kernels()
+    assert ("are not kept" in caplog.text) == hasattr(trt, "IRuntimeCache")
+
+
+def test_kernels_that_rtx_does_not_hand_out_are_no_error(
+    open_session: Open, trt: FakeTrt, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IRuntimeCache, "serialize", lambda _: None)
+    open_session(kernels=tmp_path / "kernels.bin").keep_kernels()
+    assert not (tmp_path / "kernels.bin").exists()
     assert ("are not kept" in caplog.text) == hasattr(trt, "IRuntimeCache")
 
 
