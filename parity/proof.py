@@ -116,8 +116,20 @@ def proof_from(content: bytes) -> Proof:
                 )
                 for number, entry in enumerate(head["canvases"])
             )
-        return Proof(canvases, int(head["detections"]), tuple(head["categories"]), head["half"])
-    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        half = {name: float(figure) for name, figure in head["half"].items()}
+        if not np.isfinite(list(half.values())).all():
+            raise ProofInvalid(f"what half precision does must be finite: {half}")
+        return Proof(canvases, int(head["detections"]), tuple(head["categories"]), half)
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         if isinstance(error, ProofInvalid):
             raise
         raise ProofInvalid(f"not a proof: {type(error).__name__}: {error}") from error

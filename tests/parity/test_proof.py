@@ -4,6 +4,7 @@ import dataclasses
 import io
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,20 @@ def test_a_member_of_another_shape_is_refused() -> None:
             file.writestr(name, shorter.getvalue() if name == "0.1.scores.npy" else source.read(name))
     with pytest.raises(ProofInvalid, match=r"picture 0\.1: boxes \(2, 4\), scores \(1,\)"):
         proof_from(content.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("half", "message"),
+    [
+        ({"curve": float("inf")}, "must be finite"),
+        ({"curve": None}, "not a proof"),
+        ({"curve": "much"}, "not a proof"),
+    ],
+    ids=["without end", "nothing", "a word"],
+)
+def test_limits_follow_numbers_alone(half: Any, message: str) -> None:
+    with pytest.raises(ProofInvalid, match=message):
+        proof_from(proof_bytes(dataclasses.replace(small_proof(), half=half)))
 
 
 def test_pickled_content_is_never_loaded() -> None:
