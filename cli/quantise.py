@@ -51,6 +51,7 @@ EXPECTED = (
     Refused,
     ShapeUnsupported,
     OSError,
+    MemoryError,
 )
 """What a user can meet and mend; so is what ONNX Runtime raises, which lacks memory or an operator."""
 
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, EXPECTED) and not is_of_onnxruntime(error):
             raise
-        print(f"ddetr export: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join(str(error).split()) or "memory does not suffice: end what else uses it"
+        print(f"ddetr export: {said}", file=sys.stderr)
         return 1
     return 0
 

@@ -158,6 +158,17 @@ def test_what_onnx_runtime_raises_is_one_line(
     assert read_bundle(folder).int8_path is None
 
 
+def test_lack_of_memory_is_one_line(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks_memory(*_arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("cli.quantise.calibrate", lacks_memory)
+    assert export("--bundle", folder, "--data", data) == 1
+    assert capsys.readouterr().err == "ddetr export: memory does not suffice: end what else uses it\n"
+
+
 def test_a_graph_that_loses_ap_is_refused_and_the_bundle_is_as_it_was(
     folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
