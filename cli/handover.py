@@ -37,6 +37,7 @@ def hand_over(verb: str, module: str, extra: str, argv: Sequence[str]) -> int:
 def say_missing_extra(verb: str, extra: str, library: str) -> None:
     """One line on stderr: what is not installed, and how to install it."""
     print(
-        f"ddetr {verb} needs the {extra} extra: pip install 'ddetr[{extra}]' ({library} is not installed)",
+        f"ddetr {verb} needs the {extra} extra: {sys.executable} -m pip install 'ddetr[{extra}]' "
+        f"({library} is not installed)",
         file=sys.stderr,
     )

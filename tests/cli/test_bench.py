@@ -205,7 +205,8 @@ def test_a_missing_extra_is_one_line_with_the_way_out(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else there(name))
     assert main(["bench", *argv]) == 2
     assert capsys.readouterr().err == (
-        f"ddetr bench needs the bench extra: pip install 'ddetr[bench]' ({library} is not installed)\n"
+        f"ddetr bench needs the bench extra: {sys.executable} -m pip install 'ddetr[bench]' "
+        f"({library} is not installed)\n"
     )
 
 

@@ -82,7 +82,7 @@ def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("cli.handover.importlib.import_module", absent)
     assert hand_over("train", "training.train", "train", ()) == 2
     assert capsys.readouterr().err == (
-        "ddetr train needs the train extra: pip install 'ddetr[train]' (torch is not installed)\n"
+        f"ddetr train needs the train extra: {sys.executable} -m pip install 'ddetr[train]' (torch is not installed)\n"
     )
 
 
