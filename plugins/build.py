@@ -198,7 +198,8 @@ def build(folder: Path = BUILT, only: Collection[str] = ()) -> list[Path]:
                 kernel = compile_kernel(cuda, (BUILT if folder == BUILT else Path(temporary)) / "msda_cuda.o")
                 includes = tensorrt_includes()
                 if includes is None:
-                    _say("no TensorRT headers found ($TENSORRT_ROOT/include, /usr/include): its plugin is not built")
+                    where = "$TENSORRT_ROOT/include, /usr/include"
+                    _say(f"no TensorRT headers found ({where}): its plugin is not built (make setup brings them)")
             except (OSError, subprocess.CalledProcessError) as error:
                 _say(f"{KERNEL} was not compiled, nothing is built for GPUs: {error}")
                 failures.append(error)

@@ -44,7 +44,8 @@ def onnxruntime_ways(settings: Settings, bundle: Bundle) -> list[Candidate | Pas
         name = f"onnxruntime on {name if provider == _CPU or ':' not in settings.device else settings.device}"
         there = ort.get_available_providers()
         if graph is None:
-            ways.append(PassedOver(name, f"the bundle has no graph of precision {precision} for it"))
+            how = " (ddetr export --int8 adds one)" if precision == "int8" else ""
+            ways.append(PassedOver(name, f"the bundle has no graph of precision {precision} for it{how}"))
         elif provider not in there:
             ways.append(PassedOver(name, f"this ONNX Runtime has no CUDA, only {', '.join(there)}"))
         elif precision == "int8" and provider != _CPU:

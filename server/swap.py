@@ -72,7 +72,7 @@ class Swaps:
         """End the swap under way soon: with the bundle that was in service before it. Raises NoSwap."""
         last = self.history[-1] if self.history else None
         if last is None or last.over.is_set():
-            raise NoSwap("no swap is under way")
+            raise NoSwap("no swap is under way; to go back, swap to the bundle before")
         if last.state == "retiring":
             raise NoSwap(f"swap {last.id} to {last.path} is over but for letting a bundle go: swap to the other one")
         last.given_up = last.given_up or why
