@@ -65,6 +65,7 @@ class Batcher:
         ]
         self._work_came_s = self._checked_s = clock()
         self._draining = False
+        self._replaced = False
         self._closed = False
 
     @property
@@ -147,6 +148,11 @@ class Batcher:
         """From now on batches leave because of the drain. Images are still taken: their requests are under way."""
         self._draining = True
 
+    def replaced(self) -> None:
+        """Others serve from now on: what is left is answered, but does not wait for engines that do not come back."""
+        self._replaced = True
+        self._dispatch()
+
     async def close(self, patience_s: float = 0.0) -> list[Future[None]]:
         """Fail what is left (nothing, if all requests were waited for), and let the engines go.
 
@@ -212,6 +218,9 @@ class Batcher:
         elif all(lane.opening_failed is not None or lane.out_of_order is not None for lane in self._lanes):
             for entry in self._queue.drop_retries():
                 fail(entry, EngineFailed("the engine was lost with this image and cannot be restarted"))
+            if self._replaced:
+                for entry in self._queue.drop_expired(float("inf")):
+                    fail(entry, Unavailable("its bundle was taken out of service, and another serves", 1))
 
     def _stopping(self) -> Draining:
         return Draining("the server is stopping", self._estimate.retry_after_s(self.waiting))

@@ -135,6 +135,7 @@ class Service:
 
         A future is of an engine that has not given it back after `patience_s`.
         """
+        served.batcher.replaced()
         await served.unused()
         self._beside = [each for each in self._beside if each is not served]
         hanging = await served.close(patience_s)

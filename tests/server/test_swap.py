@@ -359,6 +359,27 @@ def test_an_engine_that_dies_after_the_switch_brings_the_old_bundle_back() -> No
     run(test, rollback_seconds=3600)
 
 
+def test_requests_do_not_wait_for_an_engine_that_does_not_come_back_when_another_bundle_serves() -> None:
+    async def test(site: SwapSite) -> None:
+        swapping = site.swap("/bundles/8")
+        await site.until(lambda: site.service.served.manifest.model.version == "8")
+        engine = site.bundles.opened["8"]
+        engine.gate.clear()
+        site.bundles.on_open["8"] = lambda engine: setattr(engine, "trouble", "raise")
+        asking = [site.post() for _ in range(6)]
+        await site.until(lambda: site.service.batcher.waiting == 5)  # one is with the engine
+        engine.trouble = "raise"
+        engine.gate.set()
+        async with asyncio.timeout(8):  # their deadline is in 30 s
+            answers = [await each for each in asking]
+        assert sorted(answer.status_code for answer in answers) == [500, 503, 503, 503, 503, 503]
+        assert all("retry-after" in answer.headers for answer in answers if answer.status_code == 503)
+        assert (await swapping).status_code == 422
+        assert await site.version() == FIRST
+
+    run(test, rollback_seconds=3600, max_batch_size=1)
+
+
 def test_a_bundle_whose_engine_died_and_does_not_come_back_is_let_go_at_once() -> None:
     async def test(site: SwapSite) -> None:
         swapping = site.swap("/bundles/8")
