@@ -68,6 +68,7 @@ class Request:
     canvases: tuple[Canvas, ...] = ()
     with_checkpoint: bool = False
     attach: tuple[Path, ...] = ()  # files to put beside the model: a model card, its pictures
+    replace: bool = False  # a bundle that holds more than an export makes
 
 
 def export(request: Request, say: Say = lambda _: None) -> Bundle:
@@ -76,6 +77,11 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
     Raises what the steps raise: FileNotFoundError, CheckpointError, ExportError, TraceError, ParityError, BundleError.
     """
     check_place(request.output)
+    if not request.replace and (lost := _made_by_others(request.output)):
+        raise ExportError(
+            f"{request.output} holds {', '.join(lost)}, which an export does not make again: "
+            "give another --output, or --replace it"
+        )
     for path in request.attach:
         if not path.is_file():
             raise ExportError(f"{path}, to be put beside the model, does not exist")
@@ -109,6 +115,11 @@ def export(request: Request, say: Say = lambda _: None) -> Bundle:
         written = write_bundle(request.output, manifest, files)
     say(f"         {written.path}: {manifest.model.name} {manifest.model.version}, {manifest.variant}")
     return written
+
+
+def _made_by_others(output: Path) -> list[str]:
+    """What a bundle in `output` has beside the graph: engines, the graph in integers."""
+    return sorted(path.name for pattern in ("*.engine", "*-int8.onnx") for path in output.glob(pattern))
 
 
 class _Steps:
@@ -233,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, metavar="FILE",
         help="an official .pth, a Hugging Face folder, or a .safetensors of this project")  # fmt: skip
     add("--output", type=Path, required=True, metavar="DIR", help="the bundle's folder; a bundle there is replaced")
+    add("--replace", action="store_true", help="replace even a bundle with engines, or with a graph in integers")
     add("--variant", choices=tuple(VARIANTS), help="needed only where the checkpoint does not tell dilation")
     add("--name", help="the model's name (default: its variant)")
     add("--model-version", default="1", metavar="TEXT", help="the model's version (default %(default)s)")

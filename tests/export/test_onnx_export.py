@@ -218,6 +218,16 @@ def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path: Path) -
         export(Request(tmp_path / "none.safetensors", tmp_path))
 
 
+@pytest.mark.parametrize("name", ["rtx-sm86-fp16.engine", "model-int8.onnx"])
+def test_a_bundle_with_what_an_export_does_not_make_is_replaced_only_if_asked_to(tmp_path: Path, name: str) -> None:
+    for file in ("manifest.json", "model.onnx", name):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ExportError, match=f"holds {name}.*or --replace it"):
+        export(Request(tmp_path / "none.safetensors", tmp_path))
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        export(Request(tmp_path / "none.safetensors", tmp_path, replace=True))
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
