@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import logging
 from collections.abc import Callable
 
@@ -34,9 +35,13 @@ def tame_malloc() -> None:
 
 
 async def give_back_regularly(drop_kept: Callable[[], None], every_s: float = _GIVE_BACK_EVERY_S) -> None:
-    """Until cancelled: `drop_kept`, then `give_back`, so that what a busy moment took does not stay for good."""
+    """Until cancelled: `drop_kept`, then `give_back`, so that what a busy moment took does not stay for good.
+
+    Garbage is collected first: a server at rest makes none, and so would keep what the last requests left.
+    """
     while True:
         await asyncio.sleep(every_s)
+        gc.collect()
         drop_kept()
         await asyncio.to_thread(give_back)
 

@@ -44,4 +44,5 @@ class Shortcut:
             response = await self._endpoint(request)
         except ServiceError as error:
             response = await self._explain(request, error)
+            error.__traceback__ = None  # its frames hold the error again, and the upload: all of it would wait for gc
         await response(scope, receive, send)

@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -55,6 +57,32 @@ def test_errors_of_ours_are_explained_and_others_go_on() -> None:
     assert ask({}, BadParameter("threshold: 7")) == (400, b"/detect: threshold: 7")
     with pytest.raises(ZeroDivisionError):
         ask({}, ZeroDivisionError())
+
+
+def test_what_a_refused_request_held_is_free_at_once() -> None:
+    uploads: list[weakref.ref[Any]] = []
+
+    class Upload:
+        pass
+
+    async def endpoint(request: Request) -> Response:
+        upload, error = Upload(), BadParameter("no picture")
+        uploads.append(weakref.ref(upload))
+        raise error
+
+    async def receive() -> Any:
+        raise AssertionError("nobody reads the body here")
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/detect", "headers": [], "query_string": b""}
+    gc.disable()
+    try:
+        asyncio.run(Shortcut(around, "/detect", endpoint, explain)(scope, receive, send))
+        assert uploads[0]() is None
+    finally:
+        gc.enable()
 
 
 class Client:
