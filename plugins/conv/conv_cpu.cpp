@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../cpu_path.h"
 #include "conv_cores.h"
 
 #define CONV_INLINE inline __attribute__((always_inline))
@@ -122,24 +123,14 @@ struct Path {
 
 constexpr Path kPaths[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     avx512::transform, avx512::piece},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::transform,
-     avx2::piece},
+    {"avx512", cpu::has_avx512, avx512::transform, avx512::piece},
+    {"avx2", cpu::has_avx2, avx2::transform, avx2::piece},
 #endif
-    {"portable", [] { return true; }, portable::transform, portable::piece},
+    {"portable", cpu::runs_everywhere, portable::transform, portable::piece},
 };
 
-std::atomic<const Path*>& chosen() {
-  static std::atomic<const Path*> path{[] {
-    const Path* each = kPaths;
-    while (!each->runs_here()) ++each;  // the last one does
-    return each;
-  }()};
+cpu::Chosen<Path>& chosen() {
+  static cpu::Chosen<Path> path{kPaths};
   return path;
 }
 
@@ -203,7 +194,7 @@ void do_transform(void* data, size_t index) {
   const Job& job = *static_cast<const Job*>(data);
   const int64_t block = static_cast<int64_t>(index);
   float* values = job.values + block * block_values(job);
-  chosen().load(std::memory_order_relaxed)->transform(job, job.round_first + block, values);
+  chosen()->transform(job, job.round_first + block, values);
 }
 
 void do_piece(void* data, size_t index) {
@@ -218,7 +209,7 @@ void do_piece(void* data, size_t index) {
     return;
   }
   if (job.values != nullptr) values = job.values + row_piece * job.piece_blocks * block_values(job);
-  chosen().load(std::memory_order_relaxed)->piece(job, row_piece, lane_piece, values, products);
+  chosen()->piece(job, row_piece, lane_piece, values, products);
 }
 
 void alone(void*, void (*work)(void* data, size_t index), size_t count, void* data) {
@@ -313,13 +304,6 @@ extern "C" int conv_forward(const ConvParams* params, ConvForEach for_each, void
 
 extern "C" int64_t conv_cores(const char* cgroup) { return cores_here(cgroup); }
 
-extern "C" const char* conv_cpu_path(void) { return chosen().load(std::memory_order_relaxed)->name; }
+extern "C" const char* conv_cpu_path(void) { return chosen()->name; }
 
-extern "C" int conv_set_cpu_path(const char* name) {
-  for (const Path& path : kPaths) {
-    if (strcmp(path.name, name) != 0 || !path.runs_here()) continue;
-    chosen().store(&path, std::memory_order_relaxed);
-    return 0;
-  }
-  return -1;
-}
+extern "C" int conv_set_cpu_path(const char* name) { return chosen().choose(name); }

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../cpu_path.h"
+
 #if defined(__x86_64__) && !defined(__clang__)
 #define MSDA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -94,34 +96,23 @@ namespace portable {
 #include "msda_cpu_rows.inc"
 }
 
-using Forward = void (*)(const MsdaParams& params, int64_t begin, int64_t end, void* output);
-
 struct Path {
   const char* name;
   bool (*runs_here)();
-  Forward forward;
+  void (*forward)(const MsdaParams& params, int64_t begin, int64_t end, void* output);
 };
 
 constexpr Path kPaths[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     avx512::forward_rows},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::forward_rows},
+    {"avx512", cpu::has_avx512, avx512::forward_rows},
+    {"avx2", cpu::has_avx2, avx2::forward_rows},
 #endif
-    {"portable", [] { return true; }, portable::forward_rows},
+    {"portable", cpu::runs_everywhere, portable::forward_rows},
 };
 
-std::atomic<Forward>& chosen() {
-  static std::atomic<Forward> forward{[] {
-    for (const Path& path : kPaths)
-      if (path.runs_here()) return path.forward;
-    return portable::forward_rows;
-  }()};
-  return forward;
+cpu::Chosen<Path>& chosen() {
+  static cpu::Chosen<Path> path{kPaths};
+  return path;
 }
 
 // --- backward ---
@@ -239,26 +230,13 @@ extern "C" int64_t msda_rows_per_block(const MsdaParams* params) {
 extern "C" int msda_forward_rows(const MsdaParams* params, int64_t begin, int64_t end, void* output) {
   const MsdaParams& p = *params;
   if ((p.type != MSDA_FLOAT32 && p.type != MSDA_FLOAT16) || p.pixels > INT32_MAX || !servable(p)) return -1;
-  const Forward forward = chosen().load(std::memory_order_relaxed);
-  forward(p, begin, end, output);
+  chosen()->forward(p, begin, end, output);
   return 0;
 }
 
-extern "C" const char* msda_cpu_path(void) {
-  const Forward forward = chosen().load(std::memory_order_relaxed);
-  for (const Path& path : kPaths)
-    if (path.forward == forward) return path.name;
-  return "";
-}
+extern "C" const char* msda_cpu_path(void) { return chosen()->name; }
 
-extern "C" int msda_set_cpu_path(const char* name) {
-  for (const Path& path : kPaths) {
-    if (strcmp(path.name, name) != 0 || !path.runs_here()) continue;
-    chosen().store(path.forward, std::memory_order_relaxed);
-    return 0;
-  }
-  return -1;
-}
+extern "C" int msda_set_cpu_path(const char* name) { return chosen().choose(name); }
 
 extern "C" MSDA_CLONES int msda_backward_f32(const MsdaParams* params, int64_t begin, int64_t end,
                                              const float* grad_output, float* grad_value, float* grad_locations,

@@ -5,7 +5,6 @@
 #include "resize.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -14,6 +13,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+
+#include "../cpu_path.h"
 
 namespace {
 
@@ -160,17 +161,13 @@ struct Path {
 
 constexpr Path kPaths[] = {
 #ifdef __x86_64__
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, resize<avx2::Across, avx2::Down>},
+    {"avx2", cpu::has_avx2, resize<avx2::Across, avx2::Down>},
 #endif
-    {"portable", [] { return true; }, resize<portable::Across, portable::Down>},
+    {"portable", cpu::runs_everywhere, resize<portable::Across, portable::Down>},
 };
 
-std::atomic<const Path*>& chosen() {
-  static std::atomic<const Path*> path{[] {
-    const Path* each = kPaths;
-    while (!each->runs_here()) ++each;  // the last one does
-    return each;
-  }()};
+cpu::Chosen<Path>& chosen() {
+  static cpu::Chosen<Path> path{kPaths};
   return path;
 }
 
@@ -182,20 +179,13 @@ extern "C" int32_t resize_rgb(const uint8_t* source, int64_t height, int64_t wid
                               int64_t target_height, int64_t target_width) {
   if (!is_side(height) || !is_side(width) || !is_side(target_height) || !is_side(target_width)) return 1;
   try {
-    chosen().load(std::memory_order_relaxed)->resize(source, height, width, target, target_height, target_width);
+    chosen()->resize(source, height, width, target, target_height, target_width);
   } catch (const std::bad_alloc&) {
     return 2;
   }
   return 0;
 }
 
-extern "C" const char* resize_cpu_path(void) { return chosen().load(std::memory_order_relaxed)->name; }
+extern "C" const char* resize_cpu_path(void) { return chosen()->name; }
 
-extern "C" int32_t resize_set_cpu_path(const char* name) {
-  for (const Path& path : kPaths) {
-    if (std::strcmp(path.name, name) != 0 || !path.runs_here()) continue;
-    chosen().store(&path, std::memory_order_relaxed);
-    return 0;
-  }
-  return -1;
-}
+extern "C" int32_t resize_set_cpu_path(const char* name) { return chosen().choose(name); }

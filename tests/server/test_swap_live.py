@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,36 @@ def post(port: int, path: Path) -> tuple[int, str]:
     return response.status, content
 
 
+@contextmanager
+def clients(port: int) -> Iterator[Counter[str]]:
+    """Clients that ask all the while; their answers by version. At the end each must have been right."""
+    stop = threading.Event()
+    asking = [Client(port, stop) for _ in range(CLIENTS)]
+    answers: Counter[str] = Counter()
+    for client in asking:
+        client.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for client in asking:
+            client.join(60)
+            answers += client.answers
+    assert [client.wrong for client in asking] == [[]] * CLIENTS
+
+
+def settings_for(bundle: Path, **others: Any) -> Settings:
+    """Of a server that may swap, on a machine whose other programs may stop it for a while."""
+    return Settings(
+        bundle=bundle,
+        device="cpu",
+        engine_threads=1,
+        admin_keys="secret",  # type: ignore[arg-type]
+        stall_timeout_ms=60_000,
+        **others,
+    )
+
+
 def at_rest() -> tuple[int, int, float]:
     """Sessions of ONNX Runtime, threads, and resident memory in MB."""
     gc.collect()
@@ -104,44 +135,25 @@ def at_rest() -> tuple[int, int, float]:
 
 
 def test_twenty_swaps_under_load_lose_nothing(folder: Path) -> None:
-    settings = Settings(
-        bundle=folder / "a",
-        device="cpu",
-        engine_threads=1,
-        admin_keys="secret",  # type: ignore[arg-type]
-        rollback_seconds=0,
-        stall_timeout_ms=60_000,
-    )
-    app = create_app(settings)
-    stop = threading.Event()
-    with live(app) as port:
-        clients = [Client(port, stop) for _ in range(CLIENTS)]
-        for client in clients:
-            client.start()
-        try:
-            for path in ("b", "a"):  # the warm-up of the swaps themselves
-                assert post(port, folder / path)[0] == 200
-            before = at_rest()
-            for number in range(SWAPS):
-                status, content = post(port, folder / "ba"[number % 2])
-                assert status == 200, content
-                if number % 5 == 4:
-                    for bad, why in (
-                        ("wrong", "canvas"),
-                        ("spoilt", "SHA-256"),
-                        ("empty", "does not exist"),
-                        ("absent", "no such folder"),
-                    ):
-                        status, content = post(port, folder / bad)
-                        assert status == 422
-                        assert why in content
-            after = at_rest()
-        finally:
-            stop.set()
-            for client in clients:
-                client.join(60)
-    assert [client.wrong for client in clients] == [[]] * CLIENTS
-    answers = sum((client.answers for client in clients), Counter())
+    app = create_app(settings_for(folder / "a", rollback_seconds=0))
+    with live(app) as port, clients(port) as answers:
+        for path in ("b", "a"):  # the warm-up of the swaps themselves
+            assert post(port, folder / path)[0] == 200
+        before = at_rest()
+        for number in range(SWAPS):
+            status, content = post(port, folder / "ba"[number % 2])
+            assert status == 200, content
+            if number % 5 == 4:
+                for bad, why in (
+                    ("wrong", "canvas"),
+                    ("spoilt", "SHA-256"),
+                    ("empty", "does not exist"),
+                    ("absent", "no such folder"),
+                ):
+                    status, content = post(port, folder / bad)
+                    assert status == 422
+                    assert why in content
+        after = at_rest()
     assert set(answers) == {"a", "b"}
     assert after[0] == before[0], "an engine of a bundle that is gone stays in memory"
     assert after[1] <= before[1] + 2, "threads stay"
@@ -152,17 +164,7 @@ def test_swaps_that_live_pictures_are_shown_in_lose_nothing_either(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To a bundle that agrees, to one that does not, and to one that does until it is in service."""
-    settings = Settings(
-        bundle=folder / "a",
-        device="cpu",
-        engine_threads=1,
-        admin_keys="secret",  # type: ignore[arg-type]
-        shadow_percent=100,
-        shadow_seconds=1,
-        rollback_seconds=2,
-        stall_timeout_ms=60_000,
-    )
-    app = create_app(settings)
+    app = create_app(settings_for(folder / "a", shadow_percent=100, shadow_seconds=1, rollback_seconds=2))
     finish = OnnxRuntimeEngine.finish
 
     def finish_elsewhere(engine: OnnxRuntimeEngine, outputs: Sequence[Any]) -> RawDetections:
@@ -172,30 +174,20 @@ def test_swaps_that_live_pictures_are_shown_in_lose_nothing_either(
         return raw
 
     monkeypatch.setattr(OnnxRuntimeEngine, "finish", finish_elsewhere)
-    stop = threading.Event()
-    with live(app) as port:
-        clients = [Client(port, stop) for _ in range(CLIENTS)]
-        for client in clients:
-            client.start()
-        try:
-            status, content = post(port, folder / "a")
-            swap = json.loads(content)
-            assert (status, swap["state"]) == (200, "promoted")
-            for seen in (swap["shadow"], swap["shadow_after"]):
-                assert seen["compared"] > 0
-                assert (seen["agreement"], seen["failed"]) == (1.0, 0)
-            before = at_rest()
-            status, content = post(port, folder / "b")
-            assert (status, "its answers agree with those in service to 0.000" in content) == (422, True), content
-            status, content = post(port, folder / "c")
-            assert (status, "after the switch its answers agree with the old bundle's to 0.0" in content) == (422, True)
-            after = at_rest()
-        finally:
-            stop.set()
-            for client in clients:
-                client.join(60)
-    assert [client.wrong for client in clients] == [[]] * CLIENTS
-    assert set(sum((client.answers for client in clients), Counter())) == {"a", "c"}
+    with live(app) as port, clients(port) as answers:
+        status, content = post(port, folder / "a")
+        swap = json.loads(content)
+        assert (status, swap["state"]) == (200, "promoted")
+        for seen in (swap["shadow"], swap["shadow_after"]):
+            assert seen["compared"] > 0
+            assert (seen["agreement"], seen["failed"]) == (1.0, 0)
+        before = at_rest()
+        status, content = post(port, folder / "b")
+        assert (status, "its answers agree with those in service to 0.000" in content) == (422, True), content
+        status, content = post(port, folder / "c")
+        assert (status, "after the switch its answers agree with the old bundle's to 0.0" in content) == (422, True)
+        after = at_rest()
+    assert set(answers) == {"a", "c"}
     assert after[0] == before[0], "an engine of a bundle that is gone stays in memory"
     assert after[1] <= before[1] + 2, "threads stay"
 
