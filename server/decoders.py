@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from server.decode import decode_pixels
@@ -78,15 +79,13 @@ class Decoders:
     ones only. Large ones wait, outside of any thread, until the memory that they take is free.
     """
 
-    def __init__(
-        self, threads: int, max_image_pixels: int, max_decode_bytes: int, progress: Progress, large_progress: Progress
-    ) -> None:
+    def __init__(self, threads: int, max_image_pixels: int, max_decode_bytes: int, clock: Callable[[], float]) -> None:
         self._max_image_pixels = max_image_pixels
         self._small = Worker("decode", threads)
         self._large = Worker("decode-large", threads)
         self._allowance = Allowance(max_decode_bytes)
-        self._progress = progress
-        self._large_progress = large_progress
+        self._progress = Progress(clock)
+        self._large_progress = Progress(clock)
 
     async def decode(
         self,
@@ -109,7 +108,7 @@ class Decoders:
             header = read_header(data, self._max_image_pixels)
             return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_pixels(header))
 
-        result = await self._run(self._small, self._progress, decode_small)
+        result = await self.run(decode_small)
         if not isinstance(result, _Large):
             return result
         header = result.header
@@ -120,17 +119,18 @@ class Decoders:
 
         borrowed = await self._allowance.borrow(peak_bytes(header))
         loop = asyncio.get_running_loop()
-        # The memory is free when the thread is done, which may be after the caller has given up.
-        return await self._run(
-            self._large,
-            self._large_progress,
-            decode_large,
-            lambda: loop.call_soon_threadsafe(self._allowance.give_back, borrowed),
-        )
+
+        def give_back(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits for memory any more
+                loop.call_soon_threadsafe(self._allowance.give_back, borrowed)
+
+        decoded = self._large.submit(self._large_progress.watch, decode_large)
+        decoded.add_done_callback(give_back)  # maybe long after the caller has given up
+        return await asyncio.wrap_future(decoded)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function` in a thread of those for small pictures."""
-        return await self._run(self._small, self._progress, lambda: function(*args, **kwargs))
+        return await asyncio.wrap_future(self._small.submit(self._progress.watch, partial(function, *args, **kwargs)))
 
     def stop(self) -> None:
         """End the threads once their work is done, without waiting for it."""
@@ -138,23 +138,5 @@ class Decoders:
             pool.stop(cancel=True)
 
     def stalled(self, timeout_s: float) -> bool:
-        """Whether small pictures make no progress for longer than `timeout_s`, or large ones for much longer."""
+        """Whether a small picture takes longer than `timeout_s`, or a large one much longer; see Progress."""
         return self._progress.stalled(timeout_s) or self._large_progress.stalled(max(timeout_s, _LARGE_STALL_S))
-
-    async def _run(
-        self,
-        pool: Worker,
-        progress: Progress,
-        work: Callable[[], T],
-        when_done: Callable[[], object] | None = None,
-    ) -> T:
-        def done(_: Future[T]) -> None:
-            progress.end()
-            if when_done is not None:
-                with suppress(RuntimeError):  # the loop is closed: nobody waits for memory any more
-                    when_done()
-
-        progress.begin()
-        future = pool.submit(work)
-        future.add_done_callback(done)
-        return await asyncio.wrap_future(future)

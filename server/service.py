@@ -25,7 +25,6 @@ from server.metrics import Metrics
 from server.options import DetectOptions, category_ids
 from server.postprocess import Detection, postprocess
 from server.preprocess import Pixels, PreparedImage, preprocess
-from server.progress import Progress
 from server.respond import ImageAnswer, Outcome
 from server.served import CLOSE_S, Opened, Served
 from server.settings import Settings
@@ -73,15 +72,8 @@ class Service:
         line = Line(estimate, settings.max_batch_size, settings.decode_threads, clock)
         self.admission = Admission(self._limits, line, estimate, settings.max_batch_size, clock)
         self._watching: asyncio.Task[None] | None = None
-        self._decoding = Progress(clock)
         prepare_decoding(settings.decode_threads)
-        self._decoders = Decoders(
-            settings.decode_threads,
-            settings.max_image_pixels,
-            settings.max_decode_bytes,
-            self._decoding,
-            large_progress=Progress(clock),
-        )
+        self._decoders = Decoders(settings.decode_threads, settings.max_image_pixels, settings.max_decode_bytes, clock)
         self.leaving = False
         """Requests are still taken, but no more should be sent here."""
         self._started = False

@@ -11,7 +11,6 @@ from PIL import Image
 from server.decoders import SMALL_BYTES, Allowance, Decoders
 from server.errors import DeadlinePassed, ImageError, ImageTooLarge
 from server.headers import read_header
-from server.progress import Progress
 from tests.server.pictures import encode
 
 SMALL = encode(Image.new("RGB", (8, 8)))
@@ -49,8 +48,7 @@ def run(
     test: Callable[[Decoders], Awaitable[None]], threads: int = 2, max_decode_bytes: int = 3 * LARGE_BYTES
 ) -> Decoders:
     async def body() -> Decoders:
-        clock = asyncio.get_running_loop().time
-        decoders = Decoders(threads, 10_000_000, max_decode_bytes, Progress(clock), Progress(clock))
+        decoders = Decoders(threads, 10_000_000, max_decode_bytes, asyncio.get_running_loop().time)
         try:
             await test(decoders)
         finally:
@@ -167,7 +165,7 @@ def test_large_pictures_may_take_longer_than_small_ones_before_they_count_as_sta
 
     async def body() -> None:
         nonlocal now_s
-        decoders = Decoders(1, 10_000_000, LARGE_BYTES, Progress(lambda: now_s), Progress(lambda: now_s))
+        decoders = Decoders(1, 10_000_000, LARGE_BYTES, lambda: now_s)
         held = Held()
         large = asyncio.create_task(decoders.decode(LARGE, held))
         await held.until(1)
@@ -177,6 +175,40 @@ def test_large_pictures_may_take_longer_than_small_ones_before_they_count_as_sta
         assert decoders.stalled(1.5)
         held.gate.set()
         await large
+        decoders.stop()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(("data", "timeout_s"), [(SMALL, 1.5), (LARGE, 30.0)])
+def test_a_thread_that_hangs_is_seen_while_others_get_on_and_clients_give_up(data: bytes, timeout_s: float) -> None:
+    now_s = 0.0
+
+    async def body() -> None:
+        nonlocal now_s
+        decoders = Decoders(2, 10_000_000, 3 * LARGE_BYTES, lambda: now_s)
+        first, second = Held(), Held()
+        tasks = [asyncio.create_task(decoders.decode(data, first))]
+        await first.until(1)
+        for _ in range(4):
+            now_s += timeout_s / 4
+            assert not decoders.stalled(1.5)
+            await decoders.decode(data, lambda _: None)
+        now_s += timeout_s / 4
+        assert decoders.stalled(1.5)
+        tasks.append(asyncio.create_task(decoders.decode(data, second)))
+        await second.until(1)
+        for _ in range(4):  # no thread is free now: these are given up before they begin
+            late = asyncio.create_task(decoders.decode(data, lambda _: None))
+            await asyncio.sleep(0)
+            late.cancel()
+            await asyncio.gather(late, return_exceptions=True)
+            now_s += timeout_s / 4
+            assert decoders.stalled(1.5)
+        first.gate.set()
+        second.gate.set()
+        await asyncio.gather(*tasks)
+        assert not decoders.stalled(1.5)
         decoders.stop()
 
     asyncio.run(body())

@@ -273,7 +273,7 @@ def test_a_decoder_that_hangs_is_seen_when_its_client_has_left(
             request.cancel()
             await site.until(request.done)
             now_s = site.service.clock()
-            site.service._decoding._clock = lambda: now_s + 61
+            site.service._decoders._progress._clock = lambda: now_s + 61
             assert (await site.client.get("/livez")).json() == {"status": "no progress in decode"}
         finally:
             gate.set()
@@ -329,6 +329,5 @@ def test_every_place_is_given_back_whatever_happened(settings: Settings) -> None
             await all_sorts()
         admission = site.service.admission
         assert (admission.waiting, admission.unanswered, site.service.batcher.waiting) == (0, 0, 0)
-        await site.until(lambda: site.service._decoding.pending == 0)  # what was given up ends in its thread
 
     run(settings, test)
