@@ -27,9 +27,10 @@ from server.promise import Promises
 _LONGEST_TIMEOUT_MS = 24 * 3600 * 1e3
 _BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at most: the rest is interactive work's alone
 
-# A body that after its first second has come slower than this, or slower than its timeout allows for, gives way.
+# A body that comes slower than this after its first moment, or slower than its timeout allows for after its first
+# second, gives way.
+_GRACE_S, _LEAST_BYTES_PER_S = 0.25, 32 * 1024
 _PACE_GRACE_S = 1.0
-_LEAST_BYTES_PER_S = 32 * 1024
 
 _NEWEST_SHARE = 0.05  # weight of the newest request in the mean of images a request
 
@@ -57,8 +58,9 @@ class Limits:
 class Admission:
     """Bounds what was admitted and is not yet with an engine: the images, and the bytes of their uploads.
 
-    A request whose body is being read counts as one image, and with the length that it declares, or else with what has
-    come of it. Senders that are slow give their places up as soon as somebody else needs them.
+    A request whose body is being read counts as one image, and with the bytes that have come of it: of the length that
+    it declares there must be room when it comes, but nothing is kept free for it, or a few that only declare would keep
+    everyone out. Senders that are slow give their places up as soon as somebody else needs them.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Admission:
             raise Draining("the server is stopping", self._estimate.retry_after_s(self.unanswered))
         ticket = Ticket(self, self._line, deadline_s, priority, length, self._clock)
         self._let_in(ticket, images=1, more_images=1, more_bytes=length or 0)
-        ticket.places.append(self._line.enter(priority, length or 0))
+        ticket.places.append(self._line.enter(priority, 0))
         return ticket
 
     def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> None:
@@ -203,19 +205,16 @@ class Ticket:
             self._admission._readers.pop(self, None)
 
     def received(self, count: int) -> None:
-        """`count` more bytes of the body have come. Raises QueueFull if they were not declared, and find no room."""
+        """`count` more bytes of the body have come. Raises QueueFull if they find no room."""
         self._received += count
-        place = self.places[0]
-        if self._received > place.held_bytes:
-            more = self._received - place.held_bytes
-            self._admission._let_in(self, images=0, more_images=0, more_bytes=more)
-            place.hold(self._received)
+        self._admission._let_in(self, images=0, more_images=0, more_bytes=count)
+        self.places[0].hold(self._received)
 
     def is_slow(self) -> bool:
         """Whether what has come of the body is less than can be asked for."""
-        asked_for_s = self._clock() - self._since_s - _PACE_GRACE_S
-        pace = max(_LEAST_BYTES_PER_S, self._length / self._admission.limits.body_timeout_s)
-        return asked_for_s > 0 and self._received < pace * asked_for_s
+        taken_s = self._clock() - self._since_s
+        pace = self._length / self._admission.limits.body_timeout_s
+        return self._received < max(_LEAST_BYTES_PER_S * (taken_s - _GRACE_S), pace * (taken_s - _PACE_GRACE_S))
 
     def read(self, sizes: Sequence[int], *, keep: bool = False) -> None:
         """The body is here; it holds uploads of `sizes` bytes, which count until they are decoded, or `keep`, the end.
@@ -283,6 +282,7 @@ def body_length(headers: Headers, max_body_bytes: int) -> int | None:
     given = headers.get("content-length", "")
     if not (given.isascii() and given.isdigit()):
         return None
-    if int(given[:20]) > max_body_bytes:
-        raise BodyTooLarge(f"{given[:20]} bytes exceed {max_body_bytes}")
-    return int(given)
+    length = int(given.lstrip("0")[:20] or "0")  # Python reads no numbers of thousands of digits
+    if length > max_body_bytes:
+        raise BodyTooLarge(f"{length} bytes exceed {max_body_bytes}")
+    return length

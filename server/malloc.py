@@ -5,6 +5,9 @@ import ctypes
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
 
 logger = logging.getLogger("ddetr.run")
 
@@ -16,15 +19,21 @@ LARGE_BYTES = 4 << 20
 canvases are, is kept, because fresh pages cost as much as a resize."""
 
 _KEPT_BYTES = 64 << 20
-_ARENAS = 2
+
+_ARENAS = 1
+"""Heaps, for all threads together. Of any but the first what is free at its end cannot be given back on demand."""
+
 _GIVE_BACK_EVERY_S = 10.0
 
 
 def tame_malloc() -> None:
     """Keep the process's memory from creeping up: each thread's own heap, full of holes, takes tens of megabytes.
 
-    Does nothing where the C library is another than glibc.
+    Does nothing where the C library is another than glibc. numpy asks for huge pages where its large arrays lie: where
+    they have lain, the kernel would make two megabytes of every small block that is left.
     """
+    with suppress(AttributeError):  # there is no public call, and the variable for it counts only before the import
+        np._core.multiarray._set_madvise_hugepage(False)  # type: ignore[attr-defined]
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
