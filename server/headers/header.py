@@ -24,6 +24,7 @@ class Header:
     peak_bytes: int  # about the most memory that decoding takes, the RGB picture included
     orientation: int  # as EXIF has it: 1 to 8
     file: bytes  # the file without what decoding has no use for: texts, profiles, previews, further pages
+    slow: bool = False  # takes much longer than others of its size
 
 
 def check_size(width: int, height: int, max_image_pixels: int) -> None:

@@ -27,8 +27,9 @@ _MOST_EXIFS = 10
 MOST_SCANS = 100
 """Every scan of a progressive JPEG goes over the whole picture; encoders write ten, and a hundred make a bomb."""
 
-_FEWEST_ALLOWED, _MOST_SCANNED_PIXELS = 20, 1_000_000_000
-"""Of a large picture fewer scans are allowed, so that none takes much longer than the largest one does with ten."""
+_USUAL_SCANS, _MOST_SCANNED_PIXELS = 20, 1_000_000_000
+"""Of a large picture fewer scans are allowed, so that none takes much longer than the largest one does with ten; so
+many always are."""
 
 # In entropy-coded data 0xff is followed by 0 or is a restart; runs of 0xff are padding.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
@@ -85,9 +86,11 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
     if frame is None:
         raise ImageError("the JPEG file has a scan before the header of its picture")
     layers = data[content]
+    scans = 1
     if progressive or layers < frame[5]:
         pixels = int.from_bytes(frame[1:3]) * int.from_bytes(frame[3:5])
-        _check_scans(data, position, min(MOST_SCANS, max(_FEWEST_ALLOWED, _MOST_SCANNED_PIXELS // max(1, pixels))))
+        most = min(MOST_SCANS, max(_USUAL_SCANS, _MOST_SCANNED_PIXELS // max(1, pixels)))
+        scans = _count_scans(data, position, most)
     elif data.rfind(b"\xff\xd9", position) < 0:
         raise ImageTruncated("the JPEG file ends before the picture does")
     height, width = struct.unpack_from(">HH", frame, 1)
@@ -95,7 +98,7 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
     peak_bytes = width * height * (8 if frame[5] != 3 else 4)
     if progressive or layers < frame[5]:
         peak_bytes += 2 * _coefficients(frame)
-    return Header("JPEG", width, height, peak_bytes, orientation or UPRIGHT, file)
+    return Header("JPEG", width, height, peak_bytes, orientation or UPRIGHT, file, slow=scans > _USUAL_SCANS)
 
 
 def _check_frame(marker: int, frame: bytes, max_image_pixels: int) -> None:
@@ -109,7 +112,7 @@ def _check_frame(marker: int, frame: bytes, max_image_pixels: int) -> None:
         raise ImageError(f"the JPEG file's header says that the picture has {layers} channels")
 
 
-def _check_scans(data: bytes, position: int, most: int) -> None:
+def _count_scans(data: bytes, position: int, most: int) -> int:
     """Refuse more than `most` scans, and a file without its end. `position`: within the first scan."""
     scans = 1
     for _ in range(_MOST_SEGMENTS):
@@ -118,7 +121,7 @@ def _check_scans(data: bytes, position: int, most: int) -> None:
             raise ImageTruncated(f"the JPEG file ends in its scan {scans}")
         marker = data[found.start() + 1]
         if marker == _EOI:
-            return
+            return scans
         if marker == _SOS:
             scans += 1
             if scans > most:

@@ -284,6 +284,14 @@ def lying_length() -> Iterator[bytes]:
     yield head("image/png", headers={"Content-Length": str(10**12)})
 
 
+def lying_length_behind_zeros() -> Iterator[bytes]:
+    yield head("image/png", headers={"Content-Length": "0" * 5000 + str(10**12)})
+
+
+def large_headers() -> Iterator[bytes]:
+    yield head("image/png", headers={"Content-Length": "0", "X-Large": "a" * 70_000})
+
+
 def bad_chunks() -> Iterator[bytes]:
     yield head("image/png", headers={"Transfer-Encoding": "chunked"}) + b"zz\r\nxx\r\n"
 
@@ -439,6 +447,8 @@ ATTACKS = (
     # the wire
     Attack("chunks without end", 413, "too_many_bytes", wire=endless_chunks),
     Attack("a length of a terabyte", 413, "too_many_bytes", wire=lying_length),
+    Attack("a length of a terabyte behind 5000 zeros", 413, "too_many_bytes", wire=lying_length_behind_zeros),
+    Attack("70 KB of headers in one piece", 431, "too_many_header_bytes", wire=large_headers),
     Attack("a byte every 50 ms", 408, "body_timeout", wire=slow_body),
     Attack("chunks that are none", 400, "", wire=bad_chunks),
     Attack("headers without end", 431, "too_many_header_bytes", wire=endless_headers),

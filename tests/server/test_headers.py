@@ -124,6 +124,8 @@ def test_frames_are_counted(frames: int) -> None:
 
 def test_a_progressive_jpeg_may_have_as_many_scans_as_anyone_writes() -> None:
     assert decode(hostile.jpeg_scans(80), LIMIT).size == (160, 120)
+    assert read_header(hostile.jpeg_scans(80), LIMIT).slow
+    assert not read_header(hostile.jpeg_scans(5), LIMIT).slow
     with pytest.raises(ImageError, match="more than 100 scans"):
         read_header(hostile.jpeg_scans(120), LIMIT)
 

@@ -2,12 +2,13 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
 from tests.server import hostile
 from tests.server.hostile import ATTACKS, Attack
-from tests.server.siege import Siege
+from tests.server.siege import MAX_BODY_BYTES, Siege
 
 MOST_GROWTH_MB = 32
 MOST_NEIGHBOUR_MS = 2000  # a busy machine of two cores; measured alone: below 50
@@ -28,6 +29,14 @@ def test_an_attack_is_answered_with_a_reason_and_costs_nothing(siege: Siege, att
     assert result.growth_mb < MOST_GROWTH_MB, result
     assert result.neighbour_ms < MOST_NEIGHBOUR_MS, result
     assert siege.process.poll() is None
+
+
+def test_bodies_that_are_declared_and_do_not_come_keep_nobody_out(siege: Siege) -> None:
+    with ExitStack() as connections:
+        for _ in range(8):  # twice what may be held
+            connection = connections.enter_context(socket.create_connection(("127.0.0.1", siege.port)))
+            connection.sendall(hostile.head("image/png", headers={"Content-Length": str(MAX_BODY_BYTES)}))
+        siege.calm_ms()  # raises for a neighbour that is refused
 
 
 @pytest.mark.parametrize(
