@@ -50,7 +50,7 @@ class Batch:
     canvas: Canvas
     entries: tuple[Entry, ...]
     reason: LeaveReason
-    yields: bool = False  # of batch priority only, and not by its turn: an interactive image that comes goes before it
+    yields: bool = False  # but for one whose turn it is all are of batch priority: an interactive one goes before them
     retry: bool = False  # an image that an engine was lost with, by itself
     passed_over: int = 0  # the queue's count before this batch left, for putting it back
 
@@ -60,7 +60,8 @@ class BatchQueue:
 
     Interactive images lead. Those of batch priority fill the places that are left in a batch of their canvas, and lead
     when no interactive one waits. They do not starve: of any five batches in a row that leave while some wait, at least
-    one takes the oldest of them along.
+    one takes the oldest of them along. Before the others in that batch interactive images go, as in any: a turn costs
+    those of its canvas one place.
 
     Images that an engine was lost with go before all others, one by one, so that only the culprit can do it again.
     """
@@ -132,8 +133,8 @@ class BatchQueue:
         Lines whose oldest image has waited `max_delay` go first, the oldest of them first: no canvas starves. Then
         full ones; then, since the engine would do nothing otherwise, whatever is there, the oldest first.
 
-        `ahead` is for an engine that still works: the batch that would leave next, if waiting cannot better it, since
-        images of one priority fill it.
+        `ahead` is for an engine that still works: the batch that would leave next, if it is full and waiting cannot
+        better it, since images of one priority fill it; besides them one whose turn it is.
         """
         if self._retries:
             return None if ahead else self._pop_retry(draining)
@@ -153,10 +154,14 @@ class BatchQueue:
             return (1 if count >= self._max_batch_size else 2), oldest_s
 
         canvas = oldest.image.canvas if oldest is not None and due else min(lines, key=rank)
-        if ahead and len(lines[canvas]) < self._max_batch_size:
+        line = lines[canvas]
+        first = 1 if due else len(line)
+        in_order = chain(islice(line, first), others.get(canvas, ()), islice(line, first, None))
+        entries = tuple(islice(in_order, self._max_batch_size))
+        filled_by = {entry.priority for entry in entries[due:]}
+        if ahead and (len(entries) < self._max_batch_size or len(filled_by) > 1):
             return None
         overdue = rank(canvas)[0] == 0
-        entries = tuple(islice(chain(lines[canvas], others.get(canvas, ())), self._max_batch_size))
         for entry in entries:
             self.discard(entry)
         passed_over = self._passed_over
@@ -168,7 +173,7 @@ class BatchQueue:
             reason = "drain"
         elif overdue:
             reason = "delay"
-        return Batch(canvas, entries, reason, yields=lead == "batch" and not due, passed_over=passed_over)
+        return Batch(canvas, entries, reason, yields=filled_by == {"batch"}, passed_over=passed_over)
 
     def _pop_retry(self, draining: bool) -> Batch:
         entry = next(iter(self._retries))

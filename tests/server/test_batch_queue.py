@@ -191,8 +191,8 @@ def test_a_batch_filled_up_with_batch_work_may_still_become_better(queue: BatchQ
     assert queue.pop(0.1, ahead=True) is None
 
 
-@pytest.mark.parametrize("canvas", [WIDE, TALL])
-def test_batch_work_does_not_starve(queue: BatchQueue, entry: Entries, canvas: Canvas) -> None:
+@pytest.mark.parametrize(("canvas", "turns"), [(WIDE, 6), (TALL, 3)])
+def test_batch_work_does_not_starve(queue: BatchQueue, entry: Entries, canvas: Canvas, turns: int) -> None:
     """Of any five batches in a row that leave while some wait, one takes the oldest of them along."""
     bulk = pushed(queue, entry, 5, 0.0, priority="batch", canvas=canvas)
     lonely = pushed(queue, entry, 1, 0.5, priority="batch", canvas=Canvas(height=6, width=6))
@@ -207,14 +207,52 @@ def test_batch_work_does_not_starve(queue: BatchQueue, entry: Entries, canvas: C
         if not waiting:
             break
     assert not waiting
-    assert turn + 1 == 5 * 3  # the two batches of the one canvas, and the lonely one: each the fifth
+    # Each fifth batch takes one along, and as many more as interactive images of its canvas leave place for.
+    assert turn + 1 == 5 * turns
 
 
-def test_a_batch_by_its_turn_does_not_yield(queue: BatchQueue, entry: Entries) -> None:
-    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+def until_batch_work_is_due(queue: BatchQueue, entry: Entries) -> None:
     for _ in range(MOST_PASSED_OVER):
         pushed(queue, entry, 3, 1.0)
         assert queue.pop(2.0) is not None
+
+
+def test_by_its_turn_one_image_goes_first_and_interactive_ones_next(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+    until_batch_work_is_due(queue, entry)
+    one, two, _ = pushed(queue, entry, 3, 2.0)
+    batch = queue.pop(2.0, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.yields) == ((bulk[0], one, two), False)
+
+
+def test_by_its_turn_batch_work_fills_what_interactive_work_leaves(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+    until_batch_work_is_due(queue, entry)
+    interactive = pushed(queue, entry, 1, 2.0)
+    assert queue.pop(2.0, ahead=True) is None  # one more interactive image could still get into it
+    batch = queue.pop(2.0)
+    assert batch is not None
+    assert batch.entries == (bulk[0], *interactive, bulk[1])
+
+
+def test_by_its_turn_only_the_first_image_does_not_yield(queue: BatchQueue, entry: Entries) -> None:
+    bulk = pushed(queue, entry, 3, 0.0, priority="batch")
+    until_batch_work_is_due(queue, entry)
+    batch = queue.pop(2.0, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.yields) == (tuple(bulk), True)
+    queue.put_back(batch)
+    interactive = pushed(queue, entry, 2, 3.0)
+    batch = queue.pop(3.0, ahead=True)
+    assert batch is not None
+    assert (batch.entries, batch.yields) == ((bulk[0], *interactive), False)
+
+
+def test_alone_in_its_batch_the_one_whose_turn_it_is_does_not_yield(entry: Entries) -> None:
+    queue = BatchQueue(max_batch_size=1, max_delay_s=MAX_DELAY_S)
+    bulk = pushed(queue, entry, 1, 0.0, priority="batch")
+    until_batch_work_is_due(queue, entry)
     batch = queue.pop(2.0, ahead=True)
     assert batch is not None
     assert (batch.entries, batch.yields) == (tuple(bulk), False)

@@ -234,19 +234,24 @@ def test_below_the_sustainable_rate_hardly_anyone_is_refused() -> None:
     assert share_done(simulation.clients) >= 0.98
 
 
+@pytest.mark.parametrize(
+    ("load", "batch_deadline_s", "answered"), [(0.6, 10.0, 0.98), (0.8, 30.0, 0.98), (0.9, 30.0, 0.92)]
+)
 @pytest.mark.parametrize("seed", range(3))
-def test_batch_work_takes_what_interactive_work_leaves(seed: int) -> None:
+def test_batch_work_takes_what_interactive_work_leaves(
+    seed: int, load: float, batch_deadline_s: float, answered: float
+) -> None:
     simulation = Simulation(seed, most_tries=1)
     began_s = simulation.now_s
-    simulation.arrive(0.6 * SUSTAINABLE, BURST_S, deadline_s=1.0)
-    simulation.arrive(2 * SUSTAINABLE, BURST_S, deadline_s=10.0, priority="batch")
+    simulation.arrive(load * SUSTAINABLE, BURST_S, deadline_s=1.0)
+    simulation.arrive(2 * SUSTAINABLE, BURST_S, deadline_s=batch_deadline_s, priority="batch")
     simulation.run()
     interactive = [client for client in simulation.clients if client.priority == "interactive"]
     batch = [client for client in simulation.clients if client.priority == "batch"]
-    assert share_done(interactive) >= 0.95
+    assert share_done(interactive) >= answered
     assert percentile(latencies_s(interactive), 0.99) < 1.0
-    assert percentile(latencies_s(batch), 0.99) < 10.0
-    assert goodput(simulation, began_s, began_s + BURST_S) >= 0.9
+    assert percentile(latencies_s(batch), 0.99) < batch_deadline_s
+    assert goodput(simulation, began_s, began_s + BURST_S) >= 0.92
 
 
 @pytest.mark.parametrize("seed", range(3))
