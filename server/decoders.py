@@ -106,7 +106,8 @@ class Decoders:
         def decode_small() -> T | _Large:
             check()
             header = read_header(data, self._max_image_pixels)
-            return _Large(header) if peak_bytes(header) > SMALL_BYTES else then(decode_pixels(header))
+            large = header.slow or peak_bytes(header) > SMALL_BYTES
+            return _Large(header) if large else then(decode_pixels(header))
 
         result = await self.run(decode_small)
         if not isinstance(result, _Large):
