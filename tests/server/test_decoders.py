@@ -11,6 +11,7 @@ from PIL import Image
 from server.decoders import SMALL_BYTES, Allowance, Decoders
 from server.errors import DeadlinePassed, ImageError, ImageTooLarge
 from server.headers import read_header
+from tests.server.hostile import jpeg_scans
 from tests.server.pictures import encode
 
 SMALL = encode(Image.new("RGB", (8, 8)))
@@ -138,6 +139,15 @@ def test_what_drawing_needs_makes_a_picture_large() -> None:
         await drawn
 
     run(test, threads=1)
+
+
+@pytest.mark.parametrize(("scans", "thread"), [(5, "decode"), (80, "decode-large")])
+def test_many_scans_make_a_picture_large(scans: int, thread: str) -> None:
+    async def body(decoders: Decoders) -> None:
+        name = await decoders.decode(jpeg_scans(scans), lambda _: threading.current_thread().name)
+        assert name.rpartition("-")[0] == thread
+
+    run(body)
 
 
 def test_the_check_comes_before_any_decoding() -> None:
