@@ -1,6 +1,7 @@
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Callable
 
 import orjson
 import pytest
@@ -106,6 +107,20 @@ def test_json_images() -> None:
 def test_base64_in_lines_is_understood() -> None:
     data = bytes(range(256))
     assert split_images(orjson.dumps({"images": [{"b64": base64.encodebytes(data).decode()}]}), JSON, 1) == [data]
+
+
+@pytest.mark.parametrize("size", [3 << 18, (3 << 18) + 1, 4_000_000, 4_000_001, 4_000_002])
+@pytest.mark.parametrize("encoding", [base64.b64encode, base64.encodebytes])
+def test_base64_of_megabytes_is_understood(size: int, encoding: Callable[[bytes], bytes]) -> None:
+    data = random.Random(size).randbytes(size)
+    assert split_images(orjson.dumps({"images": [{"b64": encoding(data).decode() + "\n"}]}), JSON, 1) == [data]
+
+
+@pytest.mark.parametrize("wrong", ["AA==", "*", "A", "=" * 3_000_000])
+def test_base64_that_is_wrong_after_a_megabyte_is_seen(wrong: str) -> None:
+    body = orjson.dumps({"images": [{"b64": "A" * (1 << 20) + wrong + "A" * (1 << 20)}]})
+    (image,) = split_images(body, JSON, 1)
+    assert isinstance(image, ImageError)
 
 
 def test_bad_base64_costs_only_its_own_image() -> None:
