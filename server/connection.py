@@ -1,15 +1,18 @@
 """A client's connection: uvicorn's, with an end to all that uvicorn waits for without one."""
 
 import asyncio
+import fcntl
 import sys
+import termios
 from http import HTTPStatus
 from typing import ClassVar
 
 import httptools
 import orjson
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server import open_files
 from server.observe import log_refusal
 from server.respond import error_content
 
@@ -59,19 +62,22 @@ class Connection(HttpToolsProtocol):
       may last; then the connection is closed. Closing at once would reset it, and with it the answer.
     - Who asks first whether to send the body (`Expect: 100-continue`), and is refused, may or may not send it: what
       comes next cannot be told from a request, so the connection ends with the answer.
-    - An answer of which the client reads nothing for as long is not kept.
+    - An answer that the client reads more slowly than `least_bytes_per_s`, over as long, is not kept.
     - Who would rather go on in another protocol, as Java's client would in HTTP/2, is answered in this one.
+    - Where so many are open that files run out, a new one is closed at once.
     """
 
     headers_within_s: ClassVar[float] = 10.0
     most_header_bytes: ClassVar[int] = 64 * 1024
+    least_bytes_per_s: ClassVar[int] = 32 * 1024
 
     _answered: RequestResponseCycle | None = None  # just now; uvicorn's `cycle` is the newest, which may have to wait
     _in_headers = False  # or before them
     _headers_timer: asyncio.TimerHandle | None = None
     _answer_timer: asyncio.TimerHandle | None = None
     _message_begun = False  # and not complete
-    _header_bytes = 0
+    _piece_bytes = 0  # of what was just received
+    _header_bytes = 0  # if they came in several pieces
     _body_bytes = 0
     _bytes_around = 0
     _upgrade_at: int | None = None  # in the data just parsed: what follows a head that asks for another protocol
@@ -79,6 +85,9 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
+        if open_files.run_out(transport.get_extra_info("socket").fileno()):
+            transport.abort()
+            return
         self._in_headers = True
         self._await_headers()
 
@@ -94,12 +103,16 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take in a piece of a request, of the rest of one, or of several."""
-        if self._message_begun and self._in_headers:
+        self._piece_bytes = len(data)
+        begun, cycle = self._message_begun, self.cycle
+        if begun and self._in_headers:
             self._header_bytes += len(data)
-        elif self._message_begun:
+        elif begun:
             self._bytes_around += len(data)  # less those of the body, when it is known which these are
         self._parse(data)
         if self._message_begun and self._in_headers:
+            if not begun and self.cycle is cycle:  # nothing else is in the piece
+                self._header_bytes = len(data)
             if self._headers_timer is None:  # most requests' headers come at once
                 self._await_headers()
             if self._header_bytes > self.most_header_bytes:
@@ -134,6 +147,8 @@ class Connection(HttpToolsProtocol):
             return
         self._headers_are_here()
         self._body_bytes = self._bytes_around = 0
+        if (self._header_bytes or self._piece_bytes > self.most_header_bytes) and self._is_head_too_long():
+            self.app = self._refuse_head  # in its turn; and nothing comes after it
         super().on_headers_complete()
         if self.scope["method"] != "HEAD":
             self.cycle.transport = _Answer(self.transport)  # type: ignore[assignment]
@@ -156,8 +171,9 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer is written, or waits to be read by the client."""
         super().on_response_complete()
-        if self._answer_timer is None:
-            self._watch_answer(self.transport.get_write_buffer_size())
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+        self._watch_answer()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
@@ -217,17 +233,43 @@ class Connection(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _watch_answer(self, unread_bytes: int) -> None:
-        if unread_bytes:
-            self._answer_timer = self.loop.call_later(self.timeout_keep_alive, self._check_answer, unread_bytes)
+    def _is_head_too_long(self) -> bool:
+        # Without the line's method and version, and the spaces around values.
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self.most_header_bytes
+
+    async def _refuse_head(self, _scope: Scope, _receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        """The application for a request whose head is too long."""
+        message = f"more than {self.most_header_bytes} bytes of headers"
+        content = orjson.dumps(error_content("too_many_header_bytes", message))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+        ]
+        await send({"type": "http.response.start", "status": 431, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+        log_refusal(self.client, 431, "too_many_header_bytes")
+
+    def _watch_answer(self) -> None:
+        self._answer_timer = None
+        if self.transport.get_write_buffer_size():
+            self._answer_timer = self.loop.call_later(self.timeout_keep_alive, self._check_answer, self._unread_bytes())
 
     def _check_answer(self, unread_bytes: int) -> None:
-        self._answer_timer = None
-        now_unread = self.transport.get_write_buffer_size()
-        if now_unread >= unread_bytes:
+        least = self.least_bytes_per_s * self.timeout_keep_alive
+        if self.transport.get_write_buffer_size() and self._unread_bytes() > unread_bytes - least:
             self.transport.abort()
         else:
-            self._watch_answer(now_unread)
+            self._watch_answer()
+
+    def _unread_bytes(self) -> int:
+        """Bytes of the answer, here and with the kernel: for seconds it takes none from here while a client reads."""
+        here = self.transport.get_write_buffer_size()
+        try:
+            queued = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(4))
+        except OSError:  # only Linux tells
+            return here
+        return here + int.from_bytes(queued, sys.byteorder)
 
     def _refuse(self, status: int, code: str, message: str, in_body: bool = False) -> None:
         """Answer what never became a request, and end the connection."""

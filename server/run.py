@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from server import open_files
 from server.app import create_app
 from server.bind import bind
 from server.connection import Connection
@@ -41,6 +42,7 @@ def serve(settings: Settings, engine: Engine | OpenEngine | None = None) -> int:
     away from under it, and crash.
     """
     tame_malloc()
+    open_files.allow_most()
     log = open_log(settings.log_level, settings.log_format)
     try:
         status = _serve(settings, engine)

@@ -1,6 +1,8 @@
 """Connections over a real socket, written byte by byte."""
 
 import asyncio
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ KEEP_ALIVE_S = 0.6
 class Hasty(Connection):
     headers_within_s = 0.6
     most_header_bytes = 2000
+    least_bytes_per_s = 400_000  # the kernel tells the sender of some 100 kB at a time
 
 
 async def application(scope: Scope, receive: Receive, send: Send) -> None:
@@ -213,6 +216,58 @@ def test_headers_without_end_are_431_and_logged(caplog: pytest.LogCaptureFixture
     assert record.__dict__["fields"] == {"client": "127.0.0.1", "status": 431, "error": "too_many_header_bytes"}
 
 
+LONG = "X-A: " + "b" * 2100
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "another request", "another request in the same piece"])
+def test_a_long_head_in_one_piece_is_431(before: str, ended: bool) -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        another = ["GET /read HTTP/1.1", HOST, ""] if before != "nothing" else []
+        if before == "another request":
+            await client.send(*another)
+            assert (await client.answer())[0] == 200
+            another = []
+        end = ["Content-Length: 9", ""] if ended else []
+        await client.send(*another, "POST /read HTTP/1.1", HOST, LONG, *end, body=b"123456789" if ended else b"")
+        if another:
+            assert (await client.answer())[0] == 200
+            if not ended:  # how much of the piece is the other's is not known: the next one tells
+                await client.send(LONG)
+        status, headers, content = await client.answer()
+        assert (status, headers["connection"]) == (431, "close")
+        assert b"more than 2000" in content
+        assert await client.closed() == b""
+
+    run(test)
+
+
+def test_a_long_head_of_short_headers_in_several_pieces_is_431() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        await client.send("GET /read HTTP/1.1", HOST, *["A: b"] * 200)
+        await asyncio.sleep(0.05)
+        await client.send(*["A: b"] * 200, "")
+        assert (await client.answer())[0] == 431
+
+    run(test)
+
+
+def test_a_body_in_one_piece_with_its_head_is_not_counted_with_it() -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        for _ in range(2):
+            await client.send("POST /read HTTP/1.1", HOST, "Content-Length: 60000", "", body=bytes(60_000))
+            assert (await client.answer())[2] == b"60000"
+        await client.send("POST /read HTTP/1.1", "X-A: " + "b" * 1500)
+        await asyncio.sleep(0.05)
+        await client.send(HOST, "Content-Length: 60000", "", body=bytes(60_000))
+        assert (await client.answer())[2] == b"60000"
+
+    run(test)
+
+
 def test_after_an_early_answer_the_rest_of_the_body_is_thrown_away_and_the_connection_goes_on() -> None:
     async def test(connect: Callable[[], Awaitable[Client]]) -> None:
         client = await connect()
@@ -330,6 +385,27 @@ def test_an_answer_that_nobody_reads_is_not_kept() -> None:
         await client.send("POST /large HTTP/1.1", HOST, "Content-Length: 0", "")
         await asyncio.sleep(3 * KEEP_ALIVE_S)
         assert len(await client.closed()) < 50_000_000
+
+    run(test)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel what is unread")
+@pytest.mark.parametrize(("pause_s", "kept"), [(0.03, True), (0.15, False)])
+def test_an_answer_that_is_read_slowly_is_kept_above_a_least_pace(pause_s: float, kept: bool) -> None:
+    async def test(connect: Callable[[], Awaitable[Client]]) -> None:
+        client = await connect()
+        loop = asyncio.get_running_loop()
+        # A stream would read ahead, and then nothing for a while.
+        with socket.create_connection(client._writer.get_extra_info("peername")) as connection:
+            connection.setblocking(False)
+            await loop.sock_sendall(connection, b"GET /large HTTP/1.1\r\n\r\n")
+            size = 0
+            until_s = loop.time() + 5 * KEEP_ALIVE_S
+            with suppress(ConnectionError):
+                while data := await loop.sock_recv(connection, 30_000 if loop.time() < until_s else 1 << 20):
+                    size += len(data)
+                    await asyncio.sleep(pause_s if loop.time() < until_s else 0)
+        assert (size > 50_000_000) == kept
 
     run(test)
 

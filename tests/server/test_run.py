@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def hold():
 
 threading.Thread(target=hold).start()
 sys.exit(serve(Settings(port=0, bundle="none", stall_timeout_ms=60_000), engine))
+"""
+
+
+# May open some files, and more when it asks for them.
+SERVE_FEW = """
+import resource, sys
+from server.run import serve
+from server.settings import Settings
+from tests.server.fake_engine import FakeEngine
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 100))
+sys.exit(serve(Settings(port=0, bundle="none"), FakeEngine()))
 """
 
 
@@ -160,6 +172,22 @@ def test_a_stop_under_load_loses_nothing(servers: list[Server]) -> None:
         assert [server.hear() for _ in range(4)] == ["begun"] * 4
     _, rest = server.process.communicate(timeout=30)
     assert server.process.returncode == 0, server.log + rest
+
+
+def test_when_files_run_out_a_warning_says_so_and_it_serves_on_afterwards(servers: list[Server]) -> None:
+    server = Server(SERVE_FEW, {})
+    servers.append(server)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(100)]
+        server.read_log("90 files are open and 100 may: .*ulimit -Hn")
+        clients[-1].settimeout(30)
+        with suppress(ConnectionResetError):
+            assert clients[-1].recv(1) == b""
+        clients[0].sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert clients[0].recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert server.detect()[0] == 200
+    assert server.end(signal.SIGTERM) == 0
+    assert server.log.count("files are open") == 1
 
 
 def test_every_line_of_its_log_is_json_to_the_last(servers: list[Server], tiny_bundle: Bundle) -> None:
