@@ -1,11 +1,12 @@
 """The images on their way, by how far they have come, and when one more would be done."""
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from bundle import Canvas
-from server.batch_queue import Priority
+from server.batch_queue import MOST_PASSED_OVER, Priority
 from server.estimate import Estimate
 
 Stage = Literal["reading", "uploading", "decoding", "waiting", "running"]
@@ -20,6 +21,7 @@ _UNTRIED_MARGIN = 2.0
 _LEAST_MARGIN, _MOST_MARGIN = 1.05, 4.0
 _HEADROOM = 1.1  # over what was learnt: machines slow down without notice
 _LEARN_EVERY_S = 0.1  # of answers that came in time; late ones count at once
+_SHARE_OVER_S = 10.0  # what interactive work takes of the engines is a mean over about so long
 
 
 class Line:
@@ -43,6 +45,8 @@ class Line:
         }
         self._margins: dict[Priority, float] = {"interactive": _UNTRIED_MARGIN, "batch": _UNTRIED_MARGIN}
         self._learnt_s: dict[Priority, float] = {"interactive": 0.0, "batch": 0.0}  # when the margins were
+        self._interactive_s = 0.0  # engine seconds of interactive work, the older the less
+        self._interactive_at_s = self._began_s = clock()  # as of when
 
     def __len__(self) -> int:
         return self._total
@@ -87,11 +91,13 @@ class Line:
         """Seconds until `images` more would be done; 0 if nothing is known yet.
 
         Before them goes what the engines have, and what is decoded or waits in their own lane or a better one;
-        `with_readers` also what is still being read, but for bodies that take long: those come when they come.
+        `with_readers` also what is still being read, but for bodies that take long: those come when they come. To batch
+        work also goes before what interactive work will come meanwhile, as much as of late.
         """
         self._give_up_expecting()
         mix = self._estimate.mix()
-        unknown, decoding, behind = images, images, 0
+        weight = 1.0 if priority == "interactive" else 1.0 / self._left_share()
+        unknown, decoding, behind = images * weight, images, 0
         ahead: dict[Canvas, float] = {}
         running: dict[Canvas, int] = {}
         for (stage, lane, canvas), count in self._counts.items():
@@ -103,10 +109,12 @@ class Line:
             decoding += count if canvas is None else 0  # threads that decode know no lanes
             if priority == "interactive" and lane == "batch":
                 behind += count
-            elif canvas is None:
-                unknown += count
+                continue
+            weighted = count * weight if lane == "batch" else count
+            if canvas is None:
+                unknown += weighted
             else:
-                ahead[canvas] = ahead.get(canvas, 0.0) + count
+                ahead[canvas] = ahead.get(canvas, 0.0) + weighted
         for canvas, share in mix.items():
             ahead[canvas] = ahead.get(canvas, 0.0) + share * unknown
         work_s = self._running_s(running) + sum(self._work_s(canvas, count) for canvas, count in ahead.items())
@@ -136,6 +144,19 @@ class Line:
         share = len(ratios) / _RATIOS  # few answers do not refute what is assumed before there are any
         margin = share * learnt + (1 - share) * max(learnt, _UNTRIED_MARGIN)
         self._margins[priority] = max(margin, _LEAST_MARGIN)
+
+    def _left_share(self) -> float:
+        """Of the engines, what interactive work leaves to batch work, or its turns give it."""
+        self._take_interactive(0.0)
+        over_s = _SHARE_OVER_S * (1 - math.exp((self._began_s - self._clock()) / _SHARE_OVER_S))
+        taken = self._interactive_s / max(over_s, 1.0) / self._estimate.engine_instances
+        return max(1.0 - taken, 1.0 / ((MOST_PASSED_OVER + 1) * self._max_batch_size))
+
+    def _take_interactive(self, seconds: float) -> None:
+        now_s = self._clock()
+        self._interactive_s *= math.exp((self._interactive_at_s - now_s) / _SHARE_OVER_S)
+        self._interactive_s += seconds
+        self._interactive_at_s = now_s
 
     def _give_up_expecting(self) -> None:
         """Let those go first that come behind a slow upload."""
@@ -176,8 +197,10 @@ class Line:
         if stage is not None:
             self._total += 1
             self._counts[stage, place.priority, canvas] += 1
-        if stage == "running":
+        if stage == "running" and canvas is not None:
             self._dispatched_s = self._clock()
+            if place.priority == "interactive":
+                self._take_interactive(self._batch_s(canvas, self._max_batch_size) / self._max_batch_size)
 
     def _decoding_begins(self) -> tuple[float, float]:
         """When, and how many times as long as alone it will take, since the threads have others to decode as well."""

@@ -43,8 +43,8 @@ class Hall:
         self.estimate.decode_s = 0.0
         return places
 
-    def running(self, images: int, canvas: Canvas = SMALL) -> list[Place]:
-        places = self.waiting(images, canvas)
+    def running(self, images: int, canvas: Canvas = SMALL, priority: Priority = "interactive") -> list[Place]:
+        places = self.waiting(images, canvas, priority)
         for place in places:
             place.dispatched()
         return places
@@ -135,9 +135,22 @@ def test_interactive_work_does_not_wait_for_batch_work_but_for_what_an_engine_ha
     assert hall.finish_s(priority="interactive") == pytest.approx(3)  # its batch may be filled up
     assert hall.finish_s(priority="batch") == pytest.approx(3 + 3 + 1.5)
     hall.waiting(4)
-    hall.running(4)
+    hall.running(4, priority="batch")
     assert hall.finish_s(priority="interactive") == pytest.approx(3 + 3 + 3)
     assert hall.finish_s(priority="batch") == pytest.approx(3 + 3 * 3 + 1.5)
+
+
+@pytest.mark.parametrize(("every_s", "times"), [(6.0, 2.0), (12.0, 4 / 3), (1.0, 20.0)])
+def test_batch_work_waits_for_as_much_interactive_work_as_came_of_late(every_s: float, times: float) -> None:
+    """A full batch takes 3 s; where interactive work leaves nothing, one place in every five batches is batch work's."""
+    hall = Hall()
+    alone_s = Hall().finish_s(40, priority="batch")
+    while hall.now_s < 200:
+        for place in hall.running(4):
+            place.leave()
+        hall.now_s += every_s - 0.4
+    assert hall.finish_s(40, priority="batch") == pytest.approx(alone_s * times, rel=0.2 if times < 20 else 0.01)
+    assert hall.finish_s(40, priority="interactive") == alone_s
 
 
 def test_decoding_is_learnt_from_what_it_takes_beside_others() -> None:

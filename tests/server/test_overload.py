@@ -235,11 +235,12 @@ def test_below_the_sustainable_rate_hardly_anyone_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "batch_deadline_s", "answered"), [(0.6, 10.0, 0.98), (0.8, 30.0, 0.98), (0.9, 30.0, 0.92)]
+    ("load", "batch_deadline_s", "answered", "in_time"),
+    [(0.6, 10.0, 0.98, 0.99), (0.8, 10.0, 0.97, 0.93), (0.8, 30.0, 0.97, 0.99), (0.9, 30.0, 0.92, 0.99)],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_batch_work_takes_what_interactive_work_leaves(
-    seed: int, load: float, batch_deadline_s: float, answered: float
+    seed: int, load: float, batch_deadline_s: float, answered: float, in_time: float
 ) -> None:
     simulation = Simulation(seed, most_tries=1)
     began_s = simulation.now_s
@@ -250,7 +251,7 @@ def test_batch_work_takes_what_interactive_work_leaves(
     batch = [client for client in simulation.clients if client.priority == "batch"]
     assert share_done(interactive) >= answered
     assert percentile(latencies_s(interactive), 0.99) < 1.0
-    assert percentile(latencies_s(batch), 0.99) < batch_deadline_s
+    assert percentile(latencies_s(batch), in_time) < batch_deadline_s
     assert goodput(simulation, began_s, began_s + BURST_S) >= 0.92
 
 
