@@ -62,8 +62,8 @@ class Connection(HttpToolsProtocol):
       may last; then the connection is closed. Closing at once would reset it, and with it the answer.
     - Who asks first whether to send the body (`Expect: 100-continue`), and is refused, may or may not send it: what
       comes next cannot be told from a request, so the connection ends with the answer.
-    - An answer that the client reads more slowly than `least_bytes_per_s` is not kept; it is looked at each time that an
-      idle connection's time has passed.
+    - An answer that the client reads more slowly than `least_bytes_per_s` is not kept; it is looked at as often as an
+      idle connection may last.
     - Who would rather go on in another protocol, as Java's client would in HTTP/2, is answered in this one.
     - Where so many are open that files run out, a new one is closed at once.
     """
