@@ -169,13 +169,14 @@ def _split_json(body: bytes, max_images: int) -> list[bytes | ImageError]:
 def _from_base64(text: str) -> bytes | ImageError:
     if text.startswith("data:"):  # as a browser's FileReader gives it
         text = text.partition(",")[2]
-    decoded, rest = io.BytesIO(), ""
+    decoded, rest = io.BytesIO(), b""
     try:
         for begin in range(0, len(text), _PIECE):
-            piece = rest + "".join(text[begin : begin + _PIECE].split())  # some encoders break lines
+            # Some encoders break lines.
+            piece = rest + text[begin : begin + _PIECE].encode("ascii").translate(None, b" \t\r\n\v\f")
             is_last = begin + _PIECE >= len(text)
             # All, or whole groups of four before the padding, which only the end may have.
-            whole = len(piece) if is_last else len(piece.partition("=")[0]) // 4 * 4
+            whole = len(piece) if is_last else len(piece.partition(b"=")[0]) // 4 * 4
             decoded.write(binascii.a2b_base64(piece[:whole], strict_mode=True))
             rest = piece[whole:]
     except ValueError as error:  # binascii's own, or not ASCII

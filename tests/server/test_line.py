@@ -142,7 +142,7 @@ def test_interactive_work_does_not_wait_for_batch_work_but_for_what_an_engine_ha
 
 @pytest.mark.parametrize(("every_s", "times"), [(6.0, 2.0), (12.0, 4 / 3), (1.0, 20.0)])
 def test_batch_work_waits_for_as_much_interactive_work_as_came_of_late(every_s: float, times: float) -> None:
-    """A full batch takes 3 s; where interactive work leaves nothing, one place in every five batches is batch work's."""
+    """A full batch takes 3 s; where interactive work leaves nothing, one place in five batches is batch work's."""
     hall = Hall()
     alone_s = Hall().finish_s(40, priority="batch")
     while hall.now_s < 200:
