@@ -29,7 +29,7 @@ _BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at mo
 
 # A body that comes slower than this after its first moment, or slower than its timeout allows for after its first
 # second, gives way.
-_GRACE_S, _LEAST_BYTES_PER_S = 0.25, 32 * 1024
+_GRACE_S, _LEAST_BYTES_PER_S = 0.5, 32 * 1024
 _PACE_GRACE_S = 1.0
 
 _NEWEST_SHARE = 0.05  # weight of the newest request in the mean of images a request
@@ -111,7 +111,7 @@ class Admission:
     def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> None:
         """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it."""
         refusal = self._refusal(ticket, images, more_images, more_bytes)
-        if refusal is not None and self._show_slow_readers_out(ticket):
+        if refusal is not None and refusal[0] is QueueFull and self._show_slow_readers_out(ticket):
             refusal = self._refusal(ticket, images, more_images, more_bytes)
         if refusal is not None:
             kind, message, wait_s = refusal
@@ -153,13 +153,14 @@ class Admission:
         return None
 
     def _show_slow_readers_out(self, needed_by: "Ticket") -> bool:
-        """Whether there were any."""
-        slow = [ticket for ticket in self._readers if ticket is not needed_by and ticket.is_slow()]
+        """Whether there were any; batch work does not show out interactive work."""
+        lanes = {"batch", needed_by.priority}
+        slow = [each for each in self._readers if each is not needed_by and each.priority in lanes and each.is_slow()]
         for ticket in slow:
             timeout = self._readers.pop(ticket)
             if not timeout.expired():
                 timeout.reschedule(0.0)  # the time is up: BodyTimeout, in its own task
-            ticket.leave()
+            ticket.show_out()
         return bool(slow)
 
 
@@ -184,6 +185,7 @@ class Ticket:
         self._clock = clock
         self._since_s = clock()
         self._received = 0
+        self._shown_out = False
         self._predicted: tuple[float, float] | None = None  # when, and seconds from then on
 
     @asynccontextmanager
@@ -194,6 +196,8 @@ class Ticket:
             async with asyncio.timeout(timeout_s) as timeout:
                 self._admission._readers[self] = timeout
                 yield
+                if self._shown_out:  # in the moment that the rest of it came
+                    raise TimeoutError
         except TimeoutError as error:
             taken_s = self._clock() - self._since_s
             said = f" of {self._length}" if self._length else ""
@@ -237,6 +241,11 @@ class Ticket:
             at_s, predicted_s = self._predicted
             self._line.observe(self.priority, predicted_s, self._clock() - at_s)
             self._predicted = None
+
+    def show_out(self) -> None:
+        """Its place is needed: it gives it back, and its reading fails."""
+        self._shown_out = True
+        self.leave()
 
     def leave(self) -> None:
         """Give all places back."""

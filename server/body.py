@@ -179,6 +179,8 @@ def _from_base64(text: str) -> bytes | ImageError:
             whole = len(piece) if is_last else len(piece.partition(b"=")[0]) // 4 * 4
             decoded.write(binascii.a2b_base64(piece[:whole], strict_mode=True))
             rest = piece[whole:]
+            if len(rest) > 4:
+                raise ValueError("data after the padding")
     except ValueError as error:  # binascii's own, or not ASCII
         return ImageError(f"not base64: {error}")
     return decoded.getvalue()

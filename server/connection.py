@@ -172,9 +172,19 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer is written, or waits to be read by the client."""
         super().on_response_complete()
-        if self._answer_timer is not None:
-            self._answer_timer.cancel()
         self._watch_answer()
+
+    def pause_writing(self) -> None:
+        """An answer in pieces waits for the client to read."""
+        super().pause_writing()
+        self._watch_answer()
+
+    def resume_writing(self) -> None:
+        """The client has read; what comes next is watched when it waits again, or is whole."""
+        if self._answer_timer is not None and self._is_answering():
+            self._answer_timer.cancel()
+            self._answer_timer = None
+        super().resume_writing()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
@@ -252,11 +262,14 @@ class Connection(HttpToolsProtocol):
         log_refusal(self.client, 431, "too_many_header_bytes")
 
     def _watch_answer(self) -> None:
-        self._answer_timer = None
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+            self._answer_timer = None
         if self.transport.get_write_buffer_size():
             self._answer_timer = self.loop.call_later(self.timeout_keep_alive, self._check_answer, self._unread_bytes())
 
     def _check_answer(self, unread_bytes: int) -> None:
+        self._answer_timer = None
         least = self.least_bytes_per_s * self.timeout_keep_alive
         if self.transport.get_write_buffer_size() and self._unread_bytes() > unread_bytes - least:
             self.transport.abort()

@@ -31,7 +31,7 @@ def run_out(newest: int) -> bool:
     """
     global _warned_s
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if newest < (1 - _KEPT_SHARE) * most:
+    if most == resource.RLIM_INFINITY or newest < (1 - _KEPT_SHARE) * most:
         return False
     now_s = time.monotonic()
     if now_s - _warned_s >= _WARN_EVERY_S:

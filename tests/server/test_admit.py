@@ -406,6 +406,41 @@ def test_slow_senders_give_way_when_their_places_are_needed(needs: str, after_s:
     assert door.counts == (0, 0, 0)
 
 
+def test_nobody_gives_way_to_who_is_refused_all_the_same() -> None:
+    door = Door(images=2)
+    door.estimate.observe(CANVAS, images=1, seconds=2.0)
+
+    async def body() -> None:
+        with door.admission.admit(NEVER_S, length=100) as ticket:
+            async with ticket.reading():
+                door.now_s += 5
+                door.dispatched(door.admission.admit(NEVER_S))
+                with pytest.raises(DeadlineUnmeetable):
+                    door.admission.admit(door.now_s + 0.001)
+                door.admission.admit(NEVER_S, "batch")
+                with pytest.raises(QueueFull):
+                    door.admission.admit(NEVER_S, "batch")
+
+    run(body)
+
+
+def test_who_gave_way_in_the_moment_that_the_rest_came_is_not_inside() -> None:
+    door = Door(images=1)
+
+    async def read(ticket: Ticket) -> None:
+        async with ticket.reading():
+            door.now_s += 5
+            door.admission.admit(NEVER_S)
+
+    async def body() -> None:
+        with door.admission.admit(NEVER_S, length=100) as ticket:
+            with pytest.raises(BodyTimeout):
+                await read(ticket)
+            assert door.admission.waiting == 1
+
+    run(body)
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [(None, "interactive"), ("interactive", "interactive"), ("batch", "batch"), (" Batch ", "batch")],

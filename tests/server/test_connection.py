@@ -39,13 +39,17 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
             size += len(message.get("body", b""))
             if not message.get("more_body"):
                 break
-    content = bytes(50_000_000) if scope["path"] == "/large" else str(size).encode()
+    content = bytes(50_000_000) if scope["path"] in {"/large", "/stream"} else str(size).encode()
     headers = [(b"content-length", str(len(content)).encode())]
     await send(
         {"type": "http.response.start", "status": 503 if scope["path"] == "/refuse" else 200, "headers": headers}
     )
     if scope["path"] == "/fail":
         return
+    if scope["path"] == "/stream":
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": bytes(500_000), "more_body": True})
+        content = b""
     if scope["path"] == "/pieces":
         await send({"type": "http.response.body", "body": b"", "more_body": True})
         await send({"type": "http.response.body", "body": content[:1], "more_body": True})
@@ -379,10 +383,11 @@ def test_line_breaks_between_requests_keep_no_connection() -> None:
     run(test)
 
 
-def test_an_answer_that_nobody_reads_is_not_kept() -> None:
+@pytest.mark.parametrize("path", ["/large", "/stream"])
+def test_an_answer_that_nobody_reads_is_not_kept(path: str) -> None:
     async def test(connect: Callable[[], Awaitable[Client]]) -> None:
         client = await connect()
-        await client.send("POST /large HTTP/1.1", HOST, "Content-Length: 0", "")
+        await client.send(f"POST {path} HTTP/1.1", HOST, "Content-Length: 0", "")
         await asyncio.sleep(3 * KEEP_ALIVE_S)
         assert len(await client.closed()) < 50_000_000
 
