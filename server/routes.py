@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive
 
 from server.admit import Ticket, body_length, priority, timeout_ms
-from server.body import check_media_type, read_body
+from server.body import check_media_type, read_images
 from server.errors import BadParameter, ClientGone, DeadlinePassed, ServiceError
 from server.metrics import CONTENT_TYPE, Metrics
 from server.options import DetectOptions, category_ids, parse_options
@@ -119,9 +119,8 @@ async def _detect(
     service: Service, served: Served, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
 ) -> Response:
     async with ticket.reading():
-        body = await read_body(request.stream(), service.settings.max_body_bytes, ticket.received)
-    uploads = await service.split(body, request.headers, ticket.priority)
-    del body
+        most, max_body_bytes = service.most_images(ticket.priority), service.settings.max_body_bytes
+        uploads = await read_images(request.stream(), request.headers, most, max_body_bytes, ticket.received)
     if options.format == "image" and len(uploads) != 1:
         raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")
     to_draw = uploads[0] if options.format == "image" else None

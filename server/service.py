@@ -8,13 +8,11 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from PIL import Image
-from starlette.datastructures import Headers
 
 from bundle import Manifest
 from server.admit import Admission, Limits, Ticket
 from server.batch_queue import Priority
 from server.batcher import CHECK_EVERY_S, Batcher
-from server.body import split_images
 from server.decode import prepare_decoding
 from server.decoders import Decoders
 from server.draw import draw_detections, encode_png
@@ -34,9 +32,6 @@ from server.timing import StageTimes
 T = TypeVar("T")
 
 logger = logging.getLogger("ddetr.service")
-
-# Up to here taking a body apart is quicker than handing it to a thread; 30 MB of JSON would hold everyone up for 0.3 s.
-_INLINE_BYTES = 1 << 20
 
 # What drawing takes of a pixel beside the pixels: a picture of them, its copy, and the file.
 _DRAWING_BYTES = 12
@@ -237,13 +232,10 @@ class Service:
         ticket.answered()
         return outcomes
 
-    async def split(self, body: bytes, headers: Headers, priority: Priority) -> list[bytes | ImageError]:
-        """The image files in a request's body, see `split_images`; large bodies are taken apart beside the loop."""
+    def most_images(self, priority: Priority) -> int:
+        """Of one request."""
         # More than the queue holds could never be let in: better a refusal than to be told to come back later.
-        most = min(self.settings.max_images_per_request, self._limits.images_of(priority))
-        if len(body) <= _INLINE_BYTES:
-            return split_images(body, headers, most)
-        return await self._decoders.run(split_images, body, headers, most)
+        return min(self.settings.max_images_per_request, self._limits.images_of(priority))
 
     async def draw(self, upload: bytes, detections: Sequence[Detection]) -> bytes:
         """The upload as a PNG with its detections drawn on it."""

@@ -17,9 +17,12 @@ from server.headers.png import read_png
 from server.headers.tiff import read_tiff
 from server.headers.webp import read_webp
 
-__all__ = ["FORMAT_NAMES", "Format", "Header", "format_of", "read_header"]
+__all__ = ["BEGINNING_BYTES", "FORMAT_NAMES", "Format", "Header", "format_of", "read_header", "refusal"]
 
 FORMAT_NAMES = "JPEG, PNG, WebP, BMP or TIFF"
+
+BEGINNING_BYTES = 1024
+"""So much of a file tells what it is."""
 
 _SIGNATURES: tuple[tuple[Format, re.Pattern[bytes]], ...] = (
     ("JPEG", re.compile(rb"\xff\xd8\xff")),
@@ -61,10 +64,7 @@ def read_header(data: bytes, max_image_pixels: int) -> Header:
         raise ImageEmpty("no bytes where an image should be")
     file_format = format_of(data)
     if file_format is None:
-        for signature, name in _KNOWN_OTHERS:
-            if signature.match(data[:1024]):
-                raise FormatUnsupported(f"{name} is not supported; send {FORMAT_NAMES}")
-        raise ImageError(f"not a picture in {FORMAT_NAMES}: {_excerpt(data)}")
+        raise refusal(data[:BEGINNING_BYTES], len(data), blank=not data.strip(b"\0"))
     try:
         header = _READERS[file_format](data, max_image_pixels)
     except (struct.error, IndexError) as error:
@@ -77,5 +77,10 @@ def read_header(data: bytes, max_image_pixels: int) -> Header:
     return replace(header, peak_bytes=header.peak_bytes + turned_bytes)
 
 
-def _excerpt(data: bytes) -> str:
-    return f"it begins with {data[:8]!r}" if data.strip(b"\0") else f"{len(data)} zero bytes"
+def refusal(beginning: bytes, size: int, *, blank: bool) -> ImageError:
+    """What is said of a file of no format that is served: `size` bytes, all of them zero if `blank`."""
+    for signature, name in _KNOWN_OTHERS:
+        if signature.match(beginning):
+            return FormatUnsupported(f"{name} is not supported; send {FORMAT_NAMES}")
+    found = f"{size} zero bytes" if blank else f"it begins with {beginning[:8]!r}"
+    return ImageError(f"not a picture in {FORMAT_NAMES}: {found}")
