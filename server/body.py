@@ -44,8 +44,8 @@ async def read_images(
 ) -> list[bytes | ImageError]:
     """The image files of a body, at least one, in their order; what is wrong with one alone stands in its place.
 
-    Raises BodyTooLarge, BadBody, TooManyImages or MediaTypeUnsupported as soon as it is known; the rest is not read.
-    `received` is told the size of every piece before it is kept; what it raises ends the reading.
+    `check_media_type` has let the headers pass. Raises BodyTooLarge, BadBody or TooManyImages as soon as it is known;
+    the rest is not read. `received` is told the size of every piece before it is kept; what it raises ends the reading.
     """
     reader = reader_for(headers, max_images)
     await _read(chunks, max_body_bytes, received, reader.write)
@@ -87,8 +87,7 @@ def check_media_type(headers: Headers) -> None:
 
 
 def reader_for(headers: Headers, max_images: int) -> Reader:
-    """By the media type. Raises MediaTypeUnsupported, or BadBody for a form without a boundary."""
-    check_media_type(headers)
+    """By the media type, which `check_media_type` has let pass. Raises BadBody for a form without a boundary."""
     media_type = _media_type(headers)
     if media_type == "multipart/form-data":
         return Form(headers["content-type"], max_images)

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from starlette.datastructures import Headers
 
-from server.body import reader_for
+from server.body import check_media_type, reader_for
 from server.errors import ImageError, ServiceError
 
 SMALL_BYTES = 40_000
@@ -36,6 +36,7 @@ def _ways(body: bytes) -> Iterator[list[bytes]]:
 
 def _outcome(pieces: list[bytes], headers: Headers, max_images: int) -> list[bytes | ImageError] | ServiceError:
     try:
+        check_media_type(headers)
         reader = reader_for(headers, max_images)
         for piece in pieces:
             reader.write(piece)
