@@ -100,7 +100,7 @@ class Settings(BaseSettings):
         1500, gt=0, description="least time without progress that fails /livez and replaces an engine"
     )
 
-    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1, description="most bytes of a request's body")
+    max_body_bytes: int = Field(24 * 1024 * 1024, ge=1, description="most bytes of a request's body")
     max_queued_bytes: int = Field(
         0, ge=0, description="most bytes of bodies and uploads inside at once; 0: four times max-body-bytes"
     )

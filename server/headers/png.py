@@ -13,7 +13,7 @@ _AROUND_BYTES = 12  # a chunk's length, kind and checksum
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 
 _MOST_CHUNKS = 20_000
-"""A file of 32 MB whose writer cuts pixels every 8 KB has 4,000. Each costs the interpreter time."""
+"""A file of 24 MB whose writer cuts pixels every 8 KB has 3,000. Each costs the interpreter time."""
 
 _MOST_OTHER_CHUNKS = 1000
 """Beside those that make pixels; files have some ten."""

@@ -39,6 +39,9 @@ _COMPRESSION_NAMES = "none, LZW, deflate, PackBits, JPEG or fax"
 
 _MOST_PAGES = 1000
 
+_MOST_PIECES = 100_000
+"""Strips or tiles, of a row or of 24x24 pixels of the largest picture; each makes objects of the interpreter."""
+
 _SEPARATE_PLANES = 2
 _LARGEST_TILE_PIXELS = 1 << 22
 
@@ -71,11 +74,8 @@ def _read(data: bytes, max_image_pixels: int) -> Header:
     bits = sum(tags.get(_BITS, (1,))) if len(tags.get(_BITS, (1,))) > 1 else samples * tags.get(_BITS, (1,))[0]
     planes = samples if tags.get(_PLANAR, (1,))[0] == _SEPARATE_PLANES else 1
     tags |= {_WIDTH: (width,), _HEIGHT: (height,), _COMPRESSION: (compression,), _SAMPLES: (samples,)}
-    tags |= (
-        _tiles(directory, width, height, planes)
-        if _TILE_OFFSETS in directory.entries
-        else _strips(directory, width, height, planes, bits if planes == 1 else bits // planes, compression)
-    )
+    place = _tiles if _TILE_OFFSETS in directory.entries else _strips
+    tags |= place(directory, width, height, planes, bits if planes == 1 else bits // planes, compression)
     orientation = _one(directory, ORIENTATION_TAG, UPRIGHT)
     peak_bytes = width * height * (8 + (bits + 7) // 8) + 2 * len(data)
     file = _write(directory, tags)
@@ -110,29 +110,39 @@ def _strips(
     rows = min(height, _one(directory, _ROWS_PER_STRIP, height))
     if rows < 1:
         raise ImageError("the TIFF file's directory says that its strips have no rows")
-    most = planes * height
-    tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, planes * math.ceil(height / rows), most, compression)
+    most, count = planes * height, planes * math.ceil(height / rows)
+    tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, count, most, compression)
     if compression == _NO_COMPRESSION:
-        row_bytes = (width * bits + 7) // 8
-        last_rows = height - (math.ceil(height / rows) - 1) * rows
-        if tags[_STRIP_OFFSETS][-1] + last_rows * row_bytes > len(directory.data):
-            raise ImageTruncated("the TIFF file ends before its picture does")
+        _check_end(directory, tags[_STRIP_OFFSETS], rows, height, 1, (width * bits + 7) // 8)
     return tags | {_ROWS_PER_STRIP: (rows,)}
 
 
-def _tiles(directory: Directory, width: int, height: int, planes: int) -> dict[int, tuple[int, ...]]:
+def _tiles(
+    directory: Directory, width: int, height: int, planes: int, bits: int, compression: int
+) -> dict[int, tuple[int, ...]]:
     across, down = _one(directory, _TILE_WIDTH, 0), _one(directory, _TILE_HEIGHT, 0)
     if across < 1 or down < 1 or across * down > max(_LARGEST_TILE_PIXELS, 4 * width * height):
         raise ImageError(
             f"the TIFF file's directory says that a picture of {width}x{height} has tiles of {across}x{down}"
         )
-    count = planes * math.ceil(width / across) * math.ceil(height / down)
-    compression = _one(directory, _COMPRESSION, _NO_COMPRESSION)
-    most = planes * width * height
-    return _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, most, compression) | {
-        _TILE_WIDTH: (across,),
-        _TILE_HEIGHT: (down,),
-    }
+    abreast = math.ceil(width / across)
+    most, count = planes * width * height, planes * abreast * math.ceil(height / down)
+    tags = _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, most, compression)
+    if compression == _NO_COMPRESSION:
+        _check_end(directory, tags[_TILE_OFFSETS], down, height, abreast, (across * bits + 7) // 8)
+    return tags | {_TILE_WIDTH: (across,), _TILE_HEIGHT: (down,)}
+
+
+def _check_end(
+    directory: Directory, offsets: tuple[int, ...], rows: int, height: int, abreast: int, row_bytes: int
+) -> None:
+    """Raise ImageTruncated unless all strips or tiles are there, of `rows` each and so many abreast; not compressed."""
+    down = math.ceil(height / rows)
+    last_rows = height - (down - 1) * rows
+    for index, offset in enumerate(offsets):
+        rows_here = last_rows if index // abreast % down == down - 1 else rows
+        if offset + rows_here * row_bytes > len(directory.data):
+            raise ImageTruncated("the TIFF file ends before its picture does")
 
 
 def _pieces(
@@ -146,6 +156,8 @@ def _pieces(
     found = min(
         directory.entries[offsets_tag].count, directory.entries.get(bytes_tag, directory.entries[offsets_tag]).count
     )
+    if count > _MOST_PIECES:
+        raise ImageError(f"the TIFF file's picture is in {count} strips or tiles; {_MOST_PIECES} may be")
     if found < count:
         raise ImageTruncated(f"the TIFF file's directory has {found} of {count} strips or tiles")
     offsets = directory.integers(offsets_tag, count)

@@ -6,15 +6,23 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
+from server.settings import Settings
 from tests.server.pictures import GREEN, RED, WHITE, encode, rectangle
 
 BOUNDARY = "frontier"
 _FORM = f"multipart/form-data; boundary={BOUNDARY}"
 _JSON = "application/json"
+
+MAX_BODY_BYTES: int = Settings.model_fields["max_body_bytes"].default
+FULL_BYTES = MAX_BODY_BYTES - 4096
+"""Of a file in a body that is as large as may be."""
+
+_SIDE = 6928  # of 48 megapixels
 
 
 @dataclass(frozen=True)
@@ -211,6 +219,65 @@ def cut(data: bytes) -> bytes:
     return data[: len(data) * 2 // 3]
 
 
+# --- halves of pictures of 48 megapixels, as large as a body may be ---------------------------------------------------
+
+
+@cache
+def noise_bytes() -> bytes:
+    return np.random.default_rng(0).bytes(FULL_BYTES)
+
+
+def full(begin: bytes) -> bytes:
+    """`begin`, and then anything."""
+    return begin + noise_bytes()[len(begin) :]
+
+
+def jpeg_begin(*, progressive: bool = False) -> bytes:
+    """Up to where the pixels are."""
+    data = bytearray(encode(rectangle(), "JPEG", progressive=progressive))
+    at = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    data[at + 5 : at + 9] = struct.pack(">HH", _SIDE, _SIDE)
+    at = data.index(b"\xff\xda") + 2
+    return bytes(data[: at + int.from_bytes(data[at : at + 2])])
+
+
+def half_jpeg(*, progressive: bool = False) -> bytes:
+    return full(jpeg_begin(progressive=progressive)).replace(b"\xff\xd9", b"\xff\0")
+
+
+def half_png() -> bytes:
+    return full(png(_SIDE, _SIDE, b"")[:33] + struct.pack(">I", 2 * FULL_BYTES) + b"IDAT")
+
+
+def half_webp() -> bytes:
+    frame = b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", _SIDE, _SIDE)
+    sizes = struct.pack("<I", 2 * FULL_BYTES + 12), struct.pack("<I", 2 * FULL_BYTES)
+    return full(b"RIFF" + sizes[0] + b"WEBPVP8 " + sizes[1] + frame)
+
+
+def half_bmp() -> bytes:
+    return full(bmp(_SIDE, _SIDE, bits=8))
+
+
+def half_tiff(*changed: tuple[int, int, int, int], compression: int = 1, less: tuple[int, ...] = ()) -> bytes:
+    """Its directory is before its pixels."""
+    tags = {tag[0]: tag for tag in (*grey_tags(_SIDE, _SIDE, compression), (279, 4, 1, _SIDE**2), *changed)}
+    kept = sorted(tag for number, tag in tags.items() if number not in less)
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in kept)
+    return full(b"II*\0" + struct.pack("<IH", 8, len(kept)) + entries + bytes(4))
+
+
+def half_tiled_tiff() -> bytes:
+    tile = ((322, 4, 1, _SIDE), (323, 4, 1, _SIDE), (324, 4, 1, 4096), (325, 4, 1, _SIDE**2))
+    return half_tiff(*tile, less=(273, 278, 279))
+
+
+def tiff_of_tiles_of_one_pixel() -> bytes:
+    """Five million places, each of them right; each would be an object of the interpreter."""
+    tiles = ((322, 4, 1, 1), (323, 4, 1, 1), (324, 4, 2500 * 2000, 4096))
+    return half_tiff((256, 4, 1, 2500), (257, 4, 1, 2000), *tiles, less=(273, 278, 279))
+
+
 # --- bodies -----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +302,13 @@ def endless_chunks() -> Iterator[bytes]:
     piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"
     while True:
         yield piece
+
+
+def endless_jpeg() -> Iterator[bytes]:
+    begin = jpeg_begin()
+    yield head("image/jpeg", headers={"Transfer-Encoding": "chunked"}) + b"%x\r\n%b\r\n" % (len(begin), begin)
+    while True:
+        yield b"10000\r\n" + noise_bytes()[:0x10000] + b"\r\n"
 
 
 def endless_chunk_header() -> Iterator[bytes]:
@@ -380,6 +454,64 @@ ATTACKS = (
     ),
     Attack("a TIFF with tiles of 65536x65536", 422, "image_unreadable", tiff_tiles),
     Attack("a TIFF in LZMA", 415, "unsupported_format", lambda: grey_tiff(compression=34925)),
+    Attack("a TIFF of 5 million tiles of one pixel", 422, "image_unreadable", tiff_of_tiles_of_one_pixel),
+    # bodies as large as may be: pictures cut in half, and what is no picture
+    Attack("half a JPEG of 48 megapixels", 422, "image_truncated", half_jpeg),
+    Attack("half a progressive one", 422, "image_truncated", lambda: half_jpeg(progressive=True)),
+    Attack("half a PNG of 48 megapixels", 422, "image_truncated", half_png),
+    Attack("half a WebP of 48 megapixels", 422, "image_truncated", half_webp),
+    Attack("half a BMP of 48 megapixels", 422, "image_truncated", half_bmp),
+    Attack("half a TIFF of 48 megapixels", 422, "image_truncated", half_tiff),
+    Attack("half a TIFF in LZW", 422, "image_truncated", lambda: half_tiff(compression=5)),
+    Attack("half a TIFF in tiles", 422, "image_truncated", half_tiled_tiff),
+    Attack(
+        "a JPEG without its end, then zeros", 422, "image_truncated", lambda: jpeg_begin() + bytes(FULL_BYTES - 5000)
+    ),
+    Attack("zeros, as many as may be", 422, "image_unreadable", lambda: bytes(FULL_BYTES)),
+    Attack("a GIF as large as may be", 415, "unsupported_format", lambda: full(b"GIF89a")),
+    Attack("one in a form", 415, "unsupported_format", lambda: form(part(full(b"GIF89a"))), _FORM),
+    Attack(
+        "one in base64",
+        415,
+        "unsupported_format",
+        lambda: in_json(base64.b64encode(full(b"GIF89a")[: FULL_BYTES * 3 // 4])),
+        _JSON,
+    ),
+    Attack("half a JPEG in a form that never ends", 400, "bad_body", lambda: part(half_jpeg()), _FORM),
+    Attack(
+        "32 halves of JPEGs in a form",
+        422,
+        "image_truncated",
+        lambda: form(part(half_jpeg()[: FULL_BYTES // 32 - 200]) * 32),
+        _FORM,
+    ),
+    Attack(
+        "half a JPEG in base64",
+        422,
+        "image_truncated",
+        lambda: in_json(base64.b64encode(half_jpeg()[: FULL_BYTES * 3 // 4])),
+        _JSON,
+    ),
+    Attack(
+        "one with a star at its end",
+        422,
+        "image_unreadable",
+        lambda: in_json(base64.b64encode(half_jpeg()[: FULL_BYTES * 3 // 4]) + b"*"),
+        _JSON,
+    ),
+    Attack(
+        "JSON that ends within it",
+        400,
+        "bad_body",
+        lambda: in_json(base64.b64encode(half_jpeg()[: FULL_BYTES * 3 // 4]))[:-3],
+        _JSON,
+    ),
+    Attack("24 MB of blanks in base64", 422, "image_unreadable", lambda: in_json(b"AA AA " * (FULL_BYTES // 6)), _JSON),
+    Attack("24 MB of stars in base64", 422, "image_unreadable", lambda: in_json(b"*" * FULL_BYTES), _JSON),
+    Attack("24 MB of backslashes", 422, "image_unreadable", lambda: in_json(b"\\\\" * (FULL_BYTES // 2)), _JSON),
+    Attack("24 MB of quotes, escaped", 422, "image_unreadable", lambda: in_json(b'\\"' * (FULL_BYTES // 2)), _JSON),
+    Attack("24 MB of quotes", 400, "bad_body", lambda: in_json(b'"' * FULL_BYTES), _JSON),
+    Attack("24 MB of empty strings", 400, "bad_body", lambda: b'{"images": [' + b'"",' * (FULL_BYTES // 3), _JSON),
     # forms
     Attack("ten thousand parts", 413, "too_many_images", lambda: form(part(b"x") * 10_000), _FORM),
     Attack(
@@ -446,6 +578,7 @@ ATTACKS = (
     Attack("a content type of 10 KB", 415, "unsupported_media_type", small_png, "multipart/form-data; " + "a;" * 5000),
     # the wire
     Attack("chunks without end", 413, "too_many_bytes", wire=endless_chunks),
+    Attack("a JPEG in chunks without end", 413, "too_many_bytes", wire=endless_jpeg),
     Attack("a length of a terabyte", 413, "too_many_bytes", wire=lying_length),
     Attack("a length of a terabyte behind 5000 zeros", 413, "too_many_bytes", wire=lying_length_behind_zeros),
     Attack("70 KB of headers in one piece", 431, "too_many_header_bytes", wire=large_headers),

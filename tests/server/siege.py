@@ -24,8 +24,7 @@ from tests.server.pictures import RED, encode, rectangle
 
 ROOT = Path(__file__).parents[2]
 
-MAX_BODY_BYTES = 16 << 20
-BODY_TIMEOUT_MS = 1000
+BODY_TIMEOUT_MS = 3000
 
 _SERVE = """
 import sys
@@ -33,14 +32,14 @@ from server.run import serve
 from server.settings import Settings
 from tests.server.fake_engine import FakeEngine
 
-port, max_body_bytes, body_timeout_ms = map(int, sys.argv[1:])
+port, body_timeout_ms, *max_body_bytes = map(int, sys.argv[1:])
 settings = Settings(
     port=port,
     bundle="none",
-    max_body_bytes=max_body_bytes,
     body_timeout_ms=body_timeout_ms,
     stall_timeout_ms=60_000,  # a machine that is busy with others is no reason to restart an engine
     log_level="warning",
+    **({"max_body_bytes": max_body_bytes[0]} if max_body_bytes else {}),
 )
 sys.exit(serve(settings, FakeEngine()))
 """
@@ -62,15 +61,19 @@ class Result:
 
 
 class Siege:
-    """A server, and a neighbour who sends it a normal request over and over, for as long as a `with` lasts."""
+    """A server, and a neighbour who sends it a normal request over and over, for as long as a `with` lasts.
 
-    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    The server has its default limits, if `max_body_bytes` is not given.
+    """
+
+    def __init__(self, max_body_bytes: int | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
+        limit = [] if max_body_bytes is None else [str(max_body_bytes)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the siege
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(self.port), str(max_body_bytes), str(BODY_TIMEOUT_MS)],
+            [sys.executable, "-c", _SERVE, str(self.port), str(BODY_TIMEOUT_MS), *limit],
             cwd=ROOT,
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stderr=self._log,

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import pytest
 
 from tests.server import hostile
-from tests.server.hostile import ATTACKS, Attack
-from tests.server.siege import MAX_BODY_BYTES, Siege
+from tests.server.hostile import ATTACKS, MAX_BODY_BYTES, Attack
+from tests.server.siege import Siege
 
 MOST_GROWTH_MB = 32
 MOST_NEIGHBOUR_MS = 2000  # a busy machine of two cores; measured alone: below 50

@@ -1,3 +1,4 @@
+import random
 import tracemalloc
 
 import pytest
@@ -22,6 +23,13 @@ def put_together(data: bytes, size: int) -> bytes | ImageError:
 def test_pictures_are_put_together(file_format: str, size: int) -> None:
     data = encode(rectangle(), file_format).ljust(5000, b"x")
     assert put_together(data, size) == data
+
+
+@pytest.mark.parametrize("size", [100_000, 524_288, 524_289, 4_200_000, 10_000_000])
+@pytest.mark.parametrize("piece", [65_536, 300_000, 6_000_000])
+def test_large_pictures_are_put_together(size: int, piece: int) -> None:
+    data = encode(rectangle(), "JPEG") + random.Random(size).randbytes(size)
+    assert put_together(data, piece) == data
 
 
 def test_one_piece_is_taken_as_it_is() -> None:
