@@ -6,6 +6,7 @@ case follows from the seed and its number: `--first N` begins with that one.
 """
 
 import argparse
+import base64
 import random
 import re
 import socket
@@ -24,6 +25,7 @@ from tests.server.siege import Siege
 PATIENCE_S = 0.1
 """For an answer. Fake engine, tiny pictures: what has none by then mostly waits for the rest of its request."""
 
+FORM = f"multipart/form-data; boundary={hostile.BOUNDARY}"
 CLIENTS, ROUND = 8, 64
 RUN_LENGTHS = (1, 20, 5000, 70_000)
 VALUE = re.compile(rb"\r\n(?:[A-Za-z-]+: )?([^\r\n]+)(?=\r\n)")
@@ -35,16 +37,23 @@ def seeds() -> list[bytes]:
     """Good requests."""
     picture = hostile.small_png()
     length = {"Content-Length": str(len(picture))}
-    form, in_json = hostile.form(hostile.part(picture), hostile.part(picture)), orjson.dumps({"images": [{"b64": ""}]})
-    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (picture[:10], picture[10:])) + b"0\r\n\r\n"
+    form = hostile.form(hostile.part(picture), hostile.part(picture))
+    in_json = orjson.dumps({"images": [{"b64": ""}, {"b64": base64.b64encode(picture).decode()}]})
+    in_chunks, form_in_chunks, json_in_chunks = (
+        hostile.head(content_type, headers={"Transfer-Encoding": "chunked"})
+        + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (body[:100], body[100:]))
+        + b"0\r\n\r\n"
+        for content_type, body in (("image/png", picture), (FORM, form), ("application/json", in_json))
+    )
     return [
         hostile.head("image/png", headers=length) + picture,
         hostile.head("image/*", "threshold=0.3&classes=red", {**length, "X-Timeout-Ms": "5000"}) + picture,
         hostile.head("image/png", headers={**length, "X-Priority": "batch", "Expect": "100-continue"}) + picture,
-        hostile.head(f"multipart/form-data; boundary={hostile.BOUNDARY}", headers={"Content-Length": str(len(form))})
-        + form,
+        hostile.head(FORM, headers={"Content-Length": str(len(form))}) + form,
         hostile.head("application/json", headers={"Content-Length": str(len(in_json))}) + in_json,
-        hostile.head("image/png", headers={"Transfer-Encoding": "chunked"}) + chunks,
+        in_chunks,
+        form_in_chunks,
+        json_in_chunks,
         b"GET /model HTTP/1.1\r\nHost: test\r\n\r\nHEAD /readyz HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n",
     ]
 

@@ -100,6 +100,38 @@ def test_strips_and_tiles_and_compressions_show_the_same() -> None:
     assert decode(encode(NOISE, "TIFF", compression="jpeg"), LIMIT).size == (80, 60)
 
 
+def grey_in_tiles(side: int = 32) -> bytes:
+    """NOISE in grey, in tiles that are stored from the last to the first."""
+    pixels = np.zeros((64, 96), np.uint8)
+    pixels[:60, :80] = np.asarray(NOISE.convert("L"))
+    tiles = [pixels[top : top + side, left : left + side] for top in range(0, 60, side) for left in range(0, 80, side)]
+    places = [8 + side * side * (len(tiles) - 1 - number) for number in range(len(tiles))]
+    data = b"".join(tile.tobytes() for tile in reversed(tiles))
+    at = 8 + len(data)
+    data += struct.pack(f"<{2 * len(tiles)}I", *places, *[side * side] * len(tiles))
+    more = [(322, 4, 1, side), (323, 4, 1, side), (324, 4, len(tiles), at), (325, 4, len(tiles), at + 4 * len(tiles))]
+    tags = [tag for tag in hostile.grey_tags(80, 60) if tag[0] not in {273, 278, 279}]
+    return hostile.tiff([*tags, *more], data)
+
+
+def test_tiles_that_are_not_compressed_are_shown() -> None:
+    for side in (16, 32):
+        assert np.array_equal(np.asarray(decode(grey_in_tiles(side), LIMIT))[..., 0], np.asarray(NOISE.convert("L")))
+
+
+@pytest.mark.parametrize("tag", [273, 324])
+def test_the_end_of_every_strip_and_tile_is_looked_for(tag: int) -> None:
+    """In the one file the tile that is stored last is the picture's first; in the other the strip is the only one."""
+    data = grey_in_tiles() if tag == 324 else hostile.grey_tiff()
+    read_header(data, LIMIT)
+    entry = data.rindex(struct.pack("<HH", tag, 4))
+    (place,) = struct.unpack_from("<I", data, entry + 8)
+    at = place if tag == 324 else entry + 8
+    moved = data[:at] + struct.pack("<I", len(data) - 32 * 32 + 1) + data[at + 4 :]
+    with pytest.raises(ImageTruncated, match="ends before its picture"):
+        read_header(moved, LIMIT)
+
+
 def test_the_first_page_of_a_tiff_and_the_first_picture_of_an_mpo_count() -> None:
     other = Image.new("RGB", (8, 8))
     for file_format in ("TIFF", "MPO"):
@@ -186,6 +218,14 @@ def test_a_file_that_says_two_sizes_is_refused() -> None:
         (hostile.grey_tiff(less=(273,)), ImageError, "does not say where its pixels are"),
         (hostile.grey_tiff((273, 4, 1, 10**9)), ImageTruncated, "ends before its picture"),
         (hostile.grey_tiff((256, 12, 1, 8)), ImageError, "values of type 12"),
+        (
+            hostile.grey_tiff(
+                *((256, 4, 1, 999), (257, 4, 1, 999), (322, 4, 1, 1), (323, 4, 1, 1), (324, 4, 999 * 999, 8)),
+                less=(273, 278, 279),
+            ),
+            ImageError,
+            "is in 998001 strips or tiles; 100000 may be",
+        ),
         (b"RIFF\x04\0\0\0WEBP", ImageTruncated, "no picture"),
         (b"\xff\xd8\xff\xd9", ImageTruncated, "ends before its picture begins"),
     ],
