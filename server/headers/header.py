@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from server.errors import ImageTooLarge
+from server.errors import ImageError, ImageTooLarge
 
 Format: TypeAlias = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF"]
 
@@ -12,6 +12,9 @@ LONGEST_SIDE_PX = 65_535
 
 UPRIGHT = 1
 """The EXIF orientation of a picture that is stored as it is shown."""
+
+
+_SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,12 @@ def check_size(width: int, height: int, max_image_pixels: int) -> None:
         raise ImageTooLarge(f"{width}x{height} exceeds {max_image_pixels} pixels")
     if max(width, height) > LONGEST_SIDE_PX:
         raise ImageTooLarge(f"{width}x{height}: a side exceeds {LONGEST_SIDE_PX} px")
+
+
+def check_excess(file_format: Format, size: int, raw_bytes: int) -> None:
+    """Raise ImageError where the pixels take far more bytes in the file than they would as they are.
+
+    Nobody compresses to that; such a file would be copied and handed around for a few pixels.
+    """
+    if size > 2 * raw_bytes + _SPARE_BYTES:
+        raise ImageError(f"the {file_format} file has {size} bytes for a picture that has {raw_bytes} as it is")

@@ -5,7 +5,7 @@ import struct
 
 from server.errors import FormatUnsupported, ImageError, ImageTruncated
 from server.headers.exif import read_orientation
-from server.headers.header import UPRIGHT, Header, check_size
+from server.headers.header import UPRIGHT, Header, check_excess, check_size
 
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _RESTARTS = range(0xD0, 0xD8)
@@ -90,11 +90,14 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
     if progressive or layers < frame[5]:
         pixels = int.from_bytes(frame[1:3]) * int.from_bytes(frame[3:5])
         most = min(MOST_SCANS, max(_USUAL_SCANS, _MOST_SCANNED_PIXELS // max(1, pixels)))
-        scans = _count_scans(data, position, most)
-    elif data.rfind(b"\xff\xd9", position) < 0:
-        raise ImageTruncated("the JPEG file ends before the picture does")
+        scans, end = _count_scans(data, position, most)
+    else:
+        end = data.find(b"\xff\xd9", position) + 2  # in a scan no byte but 0 or a restart follows 0xff
+        if end < position:
+            raise ImageTruncated("the JPEG file ends before the picture does")
     height, width = struct.unpack_from(">HH", frame, 1)
-    file = b"".join([*kept, view[position:]]) if dropped_bytes else data
+    check_excess("JPEG", end - position, 4 * width * height)
+    file = b"".join([*kept, view[position:end]]) if dropped_bytes else data
     peak_bytes = width * height * (8 if frame[5] != 3 else 4)
     if progressive or layers < frame[5]:
         peak_bytes += 2 * _coefficients(frame)
@@ -112,8 +115,11 @@ def _check_frame(marker: int, frame: bytes, max_image_pixels: int) -> None:
         raise ImageError(f"the JPEG file's header says that the picture has {layers} channels")
 
 
-def _count_scans(data: bytes, position: int, most: int) -> int:
-    """Refuse more than `most` scans, and a file without its end. `position`: within the first scan."""
+def _count_scans(data: bytes, position: int, most: int) -> tuple[int, int]:
+    """How many there are, and where they end. `position`: within the first one.
+
+    Refuses more than `most` of them, and a file without its end.
+    """
     scans = 1
     for _ in range(_MOST_SEGMENTS):
         found = _MARKER.search(data, position)
@@ -121,7 +127,7 @@ def _count_scans(data: bytes, position: int, most: int) -> int:
             raise ImageTruncated(f"the JPEG file ends in its scan {scans}")
         marker = data[found.start() + 1]
         if marker == _EOI:
-            return scans
+            return scans, found.end()
         if marker == _SOS:
             scans += 1
             if scans > most:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from server.errors import ImageAnimated, ImageError, ImageTruncated
 from server.headers.exif import read_orientation
-from server.headers.header import UPRIGHT, Header, check_size
+from server.headers.header import UPRIGHT, Header, check_excess, check_size
 
 _SIGNATURE_BYTES = 8
 _AROUND_BYTES = 12  # a chunk's length, kind and checksum
@@ -76,6 +76,7 @@ def read_png(data: bytes, max_image_pixels: int) -> Header:
     row_bytes = 1 + (width * bits * _CHANNELS[color] + 7) // 8
     if pixel_bytes * _MOST_INFLATION < row_bytes * height:
         raise ImageTruncated(f"{pixel_bytes} bytes of pixels in a PNG file cannot make {width}x{height}")
+    check_excess("PNG", pixel_bytes, row_bytes * height)
     transparent = color in {4, 6} or b"tRNS" in seen
     wide_grey = bits == 16 and color == 0
     # 4 bytes a pixel of what Pillow decodes, and 4 of RGB made of it or 3 of an array; rows beside if interlaced.

@@ -2,11 +2,12 @@
 
 import math
 import struct
+from itertools import accumulate
 
 from server.errors import FormatUnsupported, ImageError, ImageTruncated
 from server.headers.directory import LONG, RATIONAL, SHORT, UNDEFINED, Directory, read_directory
 from server.headers.exif import ORIENTATION_TAG
-from server.headers.header import UPRIGHT, Header, check_size
+from server.headers.header import UPRIGHT, Header, check_excess, check_size
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
@@ -77,8 +78,12 @@ def _read(data: bytes, max_image_pixels: int) -> Header:
     place = _tiles if _TILE_OFFSETS in directory.entries else _strips
     tags |= place(directory, width, height, planes, bits if planes == 1 else bits // planes, compression)
     orientation = _one(directory, ORIENTATION_TAG, UPRIGHT)
-    peak_bytes = width * height * (8 + (bits + 7) // 8) + 2 * len(data)
+    sizes = tags[_TILE_BYTES if _TILE_OFFSETS in tags else _STRIP_BYTES]
+    check_excess("TIFF", sum(sizes), (width * bits + 7) // 8 * height)
+    if sum(sizes) > len(data):
+        raise ImageError("the TIFF file's strips or tiles overlap")
     file = _write(directory, tags)
+    peak_bytes = width * height * (8 + (bits + 7) // 8) + 2 * len(file)
     return Header("TIFF", width, height, peak_bytes, orientation if 1 <= orientation <= 8 else UPRIGHT, file)
 
 
@@ -113,7 +118,7 @@ def _strips(
     most, count = planes * height, planes * math.ceil(height / rows)
     tags = _pieces(directory, _STRIP_OFFSETS, _STRIP_BYTES, count, most, compression)
     if compression == _NO_COMPRESSION:
-        _check_end(directory, tags[_STRIP_OFFSETS], rows, height, 1, (width * bits + 7) // 8)
+        tags[_STRIP_BYTES] = _raw_sizes(directory, tags[_STRIP_OFFSETS], rows, height, 1, (width * bits + 7) // 8)
     return tags | {_ROWS_PER_STRIP: (rows,)}
 
 
@@ -129,20 +134,26 @@ def _tiles(
     most, count = planes * width * height, planes * abreast * math.ceil(height / down)
     tags = _pieces(directory, _TILE_OFFSETS, _TILE_BYTES, count, most, compression)
     if compression == _NO_COMPRESSION:
-        _check_end(directory, tags[_TILE_OFFSETS], down, height, abreast, (across * bits + 7) // 8)
+        tags[_TILE_BYTES] = _raw_sizes(directory, tags[_TILE_OFFSETS], down, height, abreast, (across * bits + 7) // 8)
     return tags | {_TILE_WIDTH: (across,), _TILE_HEIGHT: (down,)}
 
 
-def _check_end(
+def _raw_sizes(
     directory: Directory, offsets: tuple[int, ...], rows: int, height: int, abreast: int, row_bytes: int
-) -> None:
-    """Raise ImageTruncated unless all strips or tiles are there, of `rows` each and so many abreast; not compressed."""
+) -> tuple[int, ...]:
+    """Of strips or tiles that are not compressed, of `rows` each and so many abreast: what the picture's rows take."""
     down = math.ceil(height / rows)
     last_rows = height - (down - 1) * rows
-    for index, offset in enumerate(offsets):
-        rows_here = last_rows if index // abreast % down == down - 1 else rows
-        if offset + rows_here * row_bytes > len(directory.data):
-            raise ImageTruncated("the TIFF file ends before its picture does")
+    sizes = tuple(
+        row_bytes * (last_rows if index // abreast % down == down - 1 else rows) for index in range(len(offsets))
+    )
+    _check_end(directory, offsets, sizes)
+    return sizes
+
+
+def _check_end(directory: Directory, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    if max(map(int.__add__, offsets, sizes)) > len(directory.data):
+        raise ImageTruncated("the TIFF file ends before its picture does")
 
 
 def _pieces(
@@ -166,8 +177,8 @@ def _pieces(
             raise ImageError("the TIFF file's directory does not say how long its strips or tiles are")
         return {offsets_tag: offsets}
     sizes = directory.integers(bytes_tag, count)
-    if compression != _NO_COMPRESSION and max(map(int.__add__, offsets, sizes)) > len(directory.data):
-        raise ImageTruncated("the TIFF file ends before its picture does")
+    if compression != _NO_COMPRESSION:
+        _check_end(directory, offsets, sizes)
     return {offsets_tag: offsets, bytes_tag: sizes}
 
 
@@ -183,8 +194,13 @@ def _several(directory: Directory, tag: int, most: int) -> tuple[int, ...]:
 
 
 def _write(directory: Directory, tags: dict[int, tuple[int, ...]]) -> bytes:
-    """The file with a directory of `tags`, and no other, behind its data."""
-    order, data = directory.order, directory.data
+    """A file of the strips or tiles, one behind the other, and a directory of `tags` behind them."""
+    order, data = directory.order, memoryview(directory.data)
+    offsets_tag, bytes_tag = (_TILE_OFFSETS, _TILE_BYTES) if _TILE_OFFSETS in tags else (_STRIP_OFFSETS, _STRIP_BYTES)
+    sizes = tags[bytes_tag]
+    pieces = [data[place : place + size] for place, size in zip(tags[offsets_tag], sizes, strict=True)]
+    *places, end = accumulate(sizes, initial=8)
+    tags = tags | {offsets_tag: tuple(places)}
     contents: dict[int, tuple[int, int, bytes]] = {}  # type, count, values
     for tag, values in tags.items():
         kind, letter = (SHORT, "H") if max(values) < 1 << 16 else (LONG, "I")
@@ -196,7 +212,7 @@ def _write(directory: Directory, tags: dict[int, tuple[int, ...]]) -> bytes:
     tables = directory.entries.get(_JPEG_TABLES)
     if tables is not None and tables.kind == UNDEFINED and tables.count <= _MOST_JPEG_TABLES_BYTES:
         contents[_JPEG_TABLES] = UNDEFINED, tables.count, directory.content(_JPEG_TABLES)
-    start = len(data) + len(data) % 2
+    start = end + end % 2
     values_at = start + 2 + 12 * len(contents) + 4
     entries, values_behind = b"", b""
     for tag, (kind, count, content) in sorted(contents.items()):
@@ -205,6 +221,6 @@ def _write(directory: Directory, tags: dict[int, tuple[int, ...]]) -> bytes:
             value = struct.pack(f"{order}I", values_at + len(values_behind))
             values_behind += content + bytes(len(content) % 2)
         entries += struct.pack(f"{order}HHI", tag, kind, count) + value
-    magic = data[:2] + struct.pack(f"{order}HI", 42, start)
+    magic = directory.data[:2] + struct.pack(f"{order}HI", 42, start)
     directory_bytes = struct.pack(f"{order}H", len(contents)) + entries + bytes(4) + values_behind
-    return b"".join([magic, memoryview(data)[8:], bytes(len(data) % 2), directory_bytes])
+    return b"".join([magic, *pieces, bytes(end % 2), directory_bytes])

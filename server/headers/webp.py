@@ -4,7 +4,7 @@ import struct
 
 from server.errors import ImageAnimated, ImageError, ImageTruncated
 from server.headers.exif import read_orientation
-from server.headers.header import UPRIGHT, Header, check_size
+from server.headers.header import UPRIGHT, Header, check_excess, check_size
 
 _CONTAINER_BYTES = 12
 _ALPHA_FLAG, _ANIMATION_FLAG = 0x10, 0x02
@@ -67,6 +67,7 @@ def read_webp(data: bytes, max_image_pixels: int) -> Header:
             f"the WebP file's canvas has {canvas[0]}x{canvas[1]} pixels, its picture {picture[0]}x{picture[1]}"
         )
     width, height = canvas or picture or (0, 0)
+    check_excess("WEBP", sum(map(len, kept)), 4 * width * height)
     file = b"".join([b"RIFF", struct.pack("<I", 4 + sum(map(len, kept))), b"WEBP", *kept])
     peak_bytes = width * height * _PEAK_BYTES + 3 * len(file)  # this copy, Pillow's and libwebp's
     return Header("WEBP", width, height, peak_bytes, orientation, file)

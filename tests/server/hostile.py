@@ -267,6 +267,25 @@ def half_tiff(*changed: tuple[int, int, int, int], compression: int = 1, less: t
     return full(b"II*\0" + struct.pack("<IH", 8, len(kept)) + entries + bytes(4))
 
 
+def much_in_png() -> bytes:
+    """The text makes for a copy without it."""
+    return png(64, 64, noise_bytes()[:-200], chunk(b"tEXt", b"a\0b"))
+
+
+def much_in_webp() -> bytes:
+    frame = b"\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 64, 64)
+    return full(b"RIFF" + struct.pack("<I", FULL_BYTES - 8) + b"WEBPVP8 " + struct.pack("<I", FULL_BYTES - 20) + frame)
+
+
+def much_in_tiff() -> bytes:
+    return half_tiff((256, 4, 1, 64), (257, 4, 1, 64), (273, 4, 1, 256), (279, 4, 1, FULL_BYTES - 256), compression=5)
+
+
+def much_in_jpeg() -> bytes:
+    data = encode(rectangle(), "JPEG", comment=b"makes for a copy without it")
+    return data[:-2] + noise_bytes()[len(data) :].replace(b"\xff", b"\xfe") + b"\xff\xd9"
+
+
 def half_tiled_tiff() -> bytes:
     tile = ((322, 4, 1, _SIDE), (323, 4, 1, _SIDE), (324, 4, 1, 4096), (325, 4, 1, _SIDE**2))
     return half_tiff(*tile, less=(273, 278, 279))
@@ -467,6 +486,10 @@ ATTACKS = (
     Attack(
         "a JPEG without its end, then zeros", 422, "image_truncated", lambda: jpeg_begin() + bytes(FULL_BYTES - 5000)
     ),
+    Attack("a PNG of 64x64 in 24 MB", 422, "image_unreadable", much_in_png),
+    Attack("a WebP of 64x64 in 24 MB", 422, "image_unreadable", much_in_webp),
+    Attack("a TIFF of 64x64 in 24 MB", 422, "image_unreadable", much_in_tiff),
+    Attack("a small JPEG in 24 MB", 422, "image_unreadable", much_in_jpeg),
     Attack("zeros, as many as may be", 422, "image_unreadable", lambda: bytes(FULL_BYTES)),
     Attack("a GIF as large as may be", 415, "unsupported_format", lambda: full(b"GIF89a")),
     Attack("one in a form", 415, "unsupported_format", lambda: form(part(full(b"GIF89a"))), _FORM),

@@ -44,9 +44,8 @@ def test_a_decoder_gets_pixels_and_no_metadata(file_format: str) -> None:
     data = encode(NOISE, file_format, exif=exif(6), icc_profile=b"profile" * 1000)
     header = read_header(data, LIMIT)
     assert header.orientation == 6
-    if file_format != "TIFF":  # whose file keeps its places, and gets another directory
-        assert b"x" * 5000 in data
-        assert b"x" * 5000 not in header.file
+    assert b"x" * 5000 in data
+    assert b"x" * 5000 not in header.file
     image = Image.open(io.BytesIO(header.file))
     assert not image.info.get("exif")
     assert not image.info.get("icc_profile")
@@ -130,6 +129,38 @@ def test_the_end_of_every_strip_and_tile_is_looked_for(tag: int) -> None:
     moved = data[:at] + struct.pack("<I", len(data) - 32 * 32 + 1) + data[at + 4 :]
     with pytest.raises(ImageTruncated, match="ends before its picture"):
         read_header(moved, LIMIT)
+
+
+def test_of_a_tiff_only_the_strips_are_kept() -> None:
+    data = encode(
+        NOISE, "TIFF", compression="tiff_lzw", strip_size=80 * 3 * 7, save_all=True, append_images=[NOISE] * 9
+    )
+    header = read_header(data + bytes(100_000), LIMIT)
+    assert len(header.file) < len(data) / 5
+    assert np.array_equal(np.asarray(decode(data, LIMIT)), np.asarray(NOISE))
+
+
+def test_strips_over_each_other_are_refused() -> None:
+    data = hostile.grey_tiff((257, 4, 1, 256), (278, 4, 1, 64), (273, 4, 4, 8), (279, 4, 4, 24))
+    data = data[:8] + struct.pack("<8I", *[8] * 4, *[4096] * 4) + data[40:]
+    with pytest.raises(ImageError, match="strips or tiles overlap"):
+        read_header(data, LIMIT)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_what_follows_a_jpeg_is_left_out(options: dict[str, bool]) -> None:
+    """As a film does that a telephone takes beside a picture."""
+    data, film = encode(NOISE, "JPEG", comment=b"x" * 50, **options), bytes(5_000_000) + b"\xff\xd9"
+    assert read_header(data + film, LIMIT).file == read_header(data, LIMIT).file
+    assert np.array_equal(np.asarray(decode(data + film, LIMIT)), np.asarray(decode(data, LIMIT)))
+
+
+@pytest.mark.parametrize(
+    "make", [hostile.much_in_png, hostile.much_in_webp, hostile.much_in_tiff, hostile.much_in_jpeg]
+)
+def test_megabytes_for_a_few_pixels_are_refused(make: Callable[[], bytes]) -> None:
+    with pytest.raises(ImageError, match=r"file has 2\d{7} bytes for a picture that has \d+ as it is"):
+        read_header(make(), LIMIT)
 
 
 def test_the_first_page_of_a_tiff_and_the_first_picture_of_an_mpo_count() -> None:
