@@ -38,10 +38,15 @@ def check_size(width: int, height: int, max_image_pixels: int) -> None:
         raise ImageTooLarge(f"{width}x{height}: a side exceeds {LONGEST_SIDE_PX} px")
 
 
+def is_excess(size: int, raw_bytes: int) -> bool:
+    """Whether `size` is far more than pixels take that have `raw_bytes` as they are."""
+    return size > 2 * raw_bytes + _SPARE_BYTES
+
+
 def check_excess(file_format: Format, size: int, raw_bytes: int) -> None:
-    """Raise ImageError where the pixels take far more bytes in the file than they would as they are.
+    """Raise ImageError where the pixels take far more bytes in the file than they have as they are.
 
     Nobody compresses to that; such a file would be copied and handed around for a few pixels.
     """
-    if size > 2 * raw_bytes + _SPARE_BYTES:
+    if is_excess(size, raw_bytes):
         raise ImageError(f"the {file_format} file has {size} bytes for a picture that has {raw_bytes} as it is")

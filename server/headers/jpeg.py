@@ -5,7 +5,7 @@ import struct
 
 from server.errors import FormatUnsupported, ImageError, ImageTruncated
 from server.headers.exif import read_orientation
-from server.headers.header import UPRIGHT, Header, check_excess, check_size
+from server.headers.header import UPRIGHT, Header, check_excess, check_size, is_excess
 
 _SOI, _EOI, _SOS, _TEM = 0xD8, 0xD9, 0xDA, 0x01
 _RESTARTS = range(0xD0, 0xD8)
@@ -32,7 +32,10 @@ _USUAL_SCANS, _MOST_SCANNED_PIXELS = 20, 1_000_000_000
 many always are."""
 
 # In entropy-coded data 0xff is followed by 0 or is a restart; runs of 0xff are padding.
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_MARKER, _END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]"), re.compile(rb"\xff\xd9")
+
+_STEP_BYTES = 1 << 20
+"""Searched in one go: between two steps other threads have their turn."""
 
 
 def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
@@ -87,16 +90,19 @@ def read_jpeg(data: bytes, max_image_pixels: int) -> Header:
         raise ImageError("the JPEG file has a scan before the header of its picture")
     layers = data[content]
     scans = 1
-    if progressive or layers < frame[5]:
-        pixels = int.from_bytes(frame[1:3]) * int.from_bytes(frame[3:5])
-        most = min(MOST_SCANS, max(_USUAL_SCANS, _MOST_SCANNED_PIXELS // max(1, pixels)))
-        scans, end = _count_scans(data, position, most)
-    else:
-        end = data.find(b"\xff\xd9", position) + 2  # in a scan no byte but 0 or a restart follows 0xff
-        if end < position:
-            raise ImageTruncated("the JPEG file ends before the picture does")
     height, width = struct.unpack_from(">HH", frame, 1)
-    check_excess("JPEG", end - position, 4 * width * height)
+    raw_bytes = 4 * width * height
+    if progressive or layers < frame[5]:
+        most = min(MOST_SCANS, max(_USUAL_SCANS, _MOST_SCANNED_PIXELS // max(1, width * height)))
+        scans, end = _count_scans(data, position, most)
+    elif data.endswith(b"\xff\xd9", position) and not is_excess(len(data) - position, raw_bytes):
+        end = len(data)  # as a rule; there is no need to search
+    else:
+        found = _search(_END, data, position)
+        if found is None:
+            raise ImageTruncated("the JPEG file ends before the picture does")
+        end = found.end()
+    check_excess("JPEG", end - position, raw_bytes)
     file = b"".join([*kept, view[position:end]]) if dropped_bytes else data
     peak_bytes = width * height * (8 if frame[5] != 3 else 4)
     if progressive or layers < frame[5]:
@@ -122,7 +128,7 @@ def _count_scans(data: bytes, position: int, most: int) -> tuple[int, int]:
     """
     scans = 1
     for _ in range(_MOST_SEGMENTS):
-        found = _MARKER.search(data, position)
+        found = _search(_MARKER, data, position)
         if found is None:
             raise ImageTruncated(f"the JPEG file ends in its scan {scans}")
         marker = data[found.start() + 1]
@@ -135,6 +141,12 @@ def _count_scans(data: bytes, position: int, most: int) -> tuple[int, int]:
         (length,) = struct.unpack_from(">H", data, found.end())
         position = found.end() + length
     raise ImageError(f"the JPEG file has more than {_MOST_SEGMENTS} segments between its scans")
+
+
+def _search(marker: re.Pattern[bytes], data: bytes, position: int) -> re.Match[bytes] | None:
+    steps = range(position, len(data), _STEP_BYTES)
+    found = (marker.search(data, begin, begin + _STEP_BYTES + 1) for begin in steps)  # one byte of the next step's
+    return next(filter(None, found), None)
 
 
 def _coefficients(frame: bytes) -> int:

@@ -155,6 +155,18 @@ def test_what_follows_a_jpeg_is_left_out(options: dict[str, bool]) -> None:
     assert np.array_equal(np.asarray(decode(data + film, LIMIT)), np.asarray(decode(data, LIMIT)))
 
 
+@pytest.mark.parametrize("at", range(-3, 3))
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_the_end_of_a_long_jpeg_is_found_wherever_it_is(at: int, options: dict[str, bool]) -> None:
+    data = encode(NOISE, "JPEG", comment=b"makes for a copy", **options)
+    pixels = data.rindex(b"\xff\xda") + 2 if options else data.index(b"\xff\xda") + 2
+    begin = pixels + int.from_bytes(data[pixels : pixels + 2])
+    data = data[:-2] + b"x" * ((1 << 20) + at - (len(data) - 2 - begin)) + b"\xff\xd9"
+    assert read_header(data + b"more", LIMIT).file.endswith(b"x\xff\xd9")
+    with pytest.raises(ImageTruncated):
+        read_header(data[:-1] + b"more", LIMIT)
+
+
 @pytest.mark.parametrize(
     "make", [hostile.much_in_png, hostile.much_in_webp, hostile.much_in_tiff, hostile.much_in_jpeg]
 )
