@@ -24,16 +24,17 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.lean_client import LeanClient
 from benchmarks.machine import machine
 from bundle import embedded_bundle
 from loadtest.arrivals import poisson
-from loadtest.client import OK, Answer, Client, Target
+from loadtest.client import OK, Answer
 from loadtest.load import Load, Sample, is_ok
 from loadtest.payload import Payload, drawn, from_folder
 from loadtest.report import percentile
 from loadtest.server_process import serving
 
-CONNECTIONS = 4000  # nobody waits in the client
+CONNECTIONS = 1_000_000  # nobody waits in the client
 SATURATING_CLIENTS = 24
 WARM_UP_S = 3.0
 REFUSED = ("429", "503")
@@ -57,7 +58,7 @@ class Try:
 class Recorder:
     """Notes every try that goes through it."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: LeanClient) -> None:
         self.tries: list[Try] = []
         self._client = client
 
@@ -69,9 +70,9 @@ class Recorder:
         return answer
 
 
-async def sustainable_rate(target: Target, payloads: Sequence[Payload], seconds: float) -> float:
+async def sustainable_rate(url: str, payloads: Sequence[Payload], seconds: float) -> float:
     """Good answers a second with the server never idle."""
-    async with Client(target, SATURATING_CLIENTS) as client:
+    async with LeanClient(url) as client:
         load = Load(client.detect, payloads, SATURATING_CLIENTS)
         await load.closed_loop(SATURATING_CLIENTS, WARM_UP_S + seconds, seed=0)
     answered = [sample for sample in load.samples if WARM_UP_S < sample.done_s <= WARM_UP_S + seconds]
@@ -81,10 +82,10 @@ async def sustainable_rate(target: Target, payloads: Sequence[Payload], seconds:
 
 
 async def overload(
-    target: Target, payloads: Sequence[Payload], rate: float, args: argparse.Namespace
+    url: str, payloads: Sequence[Payload], rate: float, args: argparse.Namespace
 ) -> tuple[list[Try], list[Sample], float]:
     """All tries, every client's end, and when it began."""
-    async with Client(target, CONNECTIONS, timeout_ms=args.deadline_ms) as client:
+    async with LeanClient(url, args.deadline_ms) as client:
         recorder = Recorder(client)
         load = Load(recorder, payloads, CONNECTIONS, retries=args.retries)
         began_s = time.monotonic()
@@ -107,14 +108,13 @@ def main() -> int:
     payloads = drawn(16, args.seed) if args.pictures is None else from_folder(args.pictures, args.seed)
     print(machine())
     with serving(["--bundle", str(args.bundle), *shlex.split(args.serve)]) as server:
-        target = Target(server.url, pid=server.pid)
-        before = uvloop.run(sustainable_rate(target, payloads, args.seconds))
+        before = uvloop.run(sustainable_rate(server.url, payloads, args.seconds))
         print(f"sustainable: {before:.1f} answers a second; now {args.factor:g} times as many requests ...", flush=True)
         rate = args.factor * before
         client_s = time.process_time()
-        tries, samples, began_s = uvloop.run(overload(target, payloads, rate, args))
+        tries, samples, began_s = uvloop.run(overload(server.url, payloads, rate, args))
         client_s = time.process_time() - client_s
-        after = uvloop.run(sustainable_rate(target, payloads, args.seconds))
+        after = uvloop.run(sustainable_rate(server.url, payloads, args.seconds))
     return report(args, (before, after), tries, samples, began_s, client_s)
 
 
