@@ -6,10 +6,10 @@ python -m benchmarks.overload --serve="--engine-threads 1"       (leaves a core 
 
 First the sustainable rate: the answers a second to clients that ask again as soon as they are answered. Then, for
 --seconds, requests at --factor times that rate arrive as a Poisson process, each with a deadline; whoever is refused
-comes back after exactly the Retry-After, --retries times at most. When all is done the sustainable rate is measured
-again: machines change their speed from minute to minute, and the mean of both is what counts. Asked: of the requests
-let in, p99 within the deadline; good answers in that time at 0.9 of the sustainable rate; 95% of the clients succeed in
-the end.
+comes back after exactly the Retry-After, --retries times at most. Both rates are of a server that has been under that
+load for some seconds already. When all is done the sustainable rate is measured again: machines change their speed from
+minute to minute, and the mean of both is what counts. Asked: of the requests let in, p99 within the deadline; good
+answers in that time at 0.9 of the sustainable rate; 95% of the clients succeed in the end.
 
 The client is a process of its own, but on the same machine: what it takes it takes from the server.
 """
@@ -89,7 +89,7 @@ async def overload(
         recorder = Recorder(client)
         load = Load(recorder, payloads, CONNECTIONS, retries=args.retries)
         began_s = time.monotonic()
-        await load.open_loop(poisson(rate, args.seconds, len(payloads), args.seed))
+        await load.open_loop(poisson(rate, WARM_UP_S + args.seconds, len(payloads), args.seed))
     return recorder.tries, load.samples, began_s
 
 
@@ -127,13 +127,14 @@ def report(
     client_s: float,
 ) -> int:
     """Print what became of it; 1 where less is kept than was asked. `rates`: sustainable, before and after."""
-    ended_s, sustainable = began_s + args.seconds, sum(rates) / 2
+    warm_s, sustainable = began_s + WARM_UP_S, sum(rates) / 2
+    ended_s, arriving_s = warm_s + args.seconds, WARM_UP_S + args.seconds
     refused = [each for each in tries if each.outcome.startswith(REFUSED)]
     let_in = [each for each in tries if not each.outcome.startswith(REFUSED)]
     good = [each for each in let_in if each.outcome == OK]
     latencies = sorted(each.latency_ms if each.outcome == OK else float("inf") for each in let_in)
     p50, p99 = percentile(latencies, 50), percentile(latencies, 99)
-    goodput = sum(each.done_s <= ended_s for each in good) / args.seconds / sustainable
+    goodput = sum(warm_s < each.done_s <= ended_s for each in good) / args.seconds / sustainable
     succeeded = sum(map(is_ok, samples)) / len(samples)
     tail_s = max(each.done_s for each in tries) - ended_s
     others = Counter(each.outcome for each in let_in if each.outcome != OK)
@@ -141,7 +142,7 @@ def report(
         ("sustainable rate", f"{sustainable:.1f}/s ({rates[0]:.1f} before, {rates[1]:.1f} after)"),
         (
             "offered",
-            f"{len(samples) / args.seconds:.1f}/s for {args.seconds:g} s, and their retries {tail_s:.0f} s more",
+            f"{len(samples) / arriving_s:.1f}/s for {arriving_s:g} s, and their retries {tail_s:.0f} s more",
         ),
         ("deadline", f"{args.deadline_ms:g} ms"),
         ("goodput", f"{goodput:.3f} of the sustainable rate"),
@@ -153,7 +154,7 @@ def report(
             f"p50 {percentile(sorted(each.latency_ms for each in refused), 50):.1f} ms" if refused else "",
         ),
         ("clients that succeeded", f"{succeeded:.1%}, after {sum(s.tries for s in samples) / len(samples):.2f} tries"),
-        ("CPU of the client", f"{client_s / (args.seconds + tail_s):.2f} cores"),
+        ("CPU of the client", f"{client_s / (arriving_s + tail_s):.2f} cores"),
     ]
     for name, value in rows:
         print(f"{name:>24}  {value}")
