@@ -278,7 +278,7 @@ def timeout_ms(headers: Headers, default_timeout_ms: float) -> float:
     if given is None:
         return default_timeout_ms
     try:
-        value = float(given)
+        value = math.nan if "_" in given else float(given)  # Python's numbers may have some
     except ValueError:
         value = math.nan
     if not 0 < value <= _LONGEST_TIMEOUT_MS:

@@ -12,6 +12,7 @@ Units: TypeAlias = Literal["pixel", "normalized"]
 OutputFormat: TypeAlias = Literal["json", "coco", "image"]
 
 _SHOWN_NAMES = 20
+_NUMBERS = ("threshold", "max_detections")
 
 
 class DetectOptions(BaseModel):
@@ -41,6 +42,8 @@ def parse_options(query: Iterable[tuple[str, str]]) -> DetectOptions:
     for name, value in query:
         if name in given:
             raise BadParameter(f"{name}: given twice, {given[name][:100]!r} and {value[:100]!r}")
+        if name in _NUMBERS and "_" in value:  # Python's numbers may have some
+            raise BadParameter(f"{name}: {value[:100]!r} should be a number")
         given[name] = value
     try:
         options = DetectOptions.model_validate(given)

@@ -46,6 +46,9 @@ _MOST_PIECES = 100_000
 _SEPARATE_PLANES = 2
 _LARGEST_TILE_PIXELS = 1 << 22
 
+_WIDEST_USUAL_TILE_PX = 1024
+"""A file of a narrower picture has all of such a tile's width."""
+
 
 def read_tiff(data: bytes, max_image_pixels: int) -> Header:
     """The first picture's header, and a file of that picture alone. Further pages are left out."""
@@ -79,7 +82,9 @@ def _read(data: bytes, max_image_pixels: int) -> Header:
     tags |= place(directory, width, height, planes, bits if planes == 1 else bits // planes, compression)
     orientation = _one(directory, ORIENTATION_TAG, UPRIGHT)
     sizes = tags[_TILE_BYTES if _TILE_OFFSETS in tags else _STRIP_BYTES]
-    check_excess("TIFF", sum(sizes), (width * bits + 7) // 8 * height)
+    # Fax turns fine patterns of one bit into five; nothing is decoded to less than a byte a pixel.
+    stored_width = max(width, min(tags.get(_TILE_WIDTH, (0,))[0], _WIDEST_USUAL_TILE_PX))
+    check_excess("TIFF", sum(sizes), (stored_width * max(bits, 8) + 7) // 8 * height)
     if sum(sizes) > len(data):
         raise ImageError("the TIFF file's strips or tiles overlap")
     file = _write(directory, tags)

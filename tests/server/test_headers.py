@@ -175,6 +175,25 @@ def test_megabytes_for_a_few_pixels_are_refused(make: Callable[[], bytes]) -> No
         read_header(make(), LIMIT)
 
 
+@pytest.mark.parametrize("compression", ["group3", "group4"])
+def test_a_fax_of_fine_patterns_is_larger_than_its_pixels(compression: str) -> None:
+    board = Image.fromarray(np.indices((3600, 3600)).sum(axis=0) % 2 == 1)
+    data = encode(board, "TIFF", compression=compression)
+    assert len(data) > 2.5 * 3600 * 3600 / 8
+    assert np.array_equal(np.asarray(decode(data, 20_000_000))[..., 0] > 0, np.asarray(board))
+
+
+def test_a_narrow_picture_may_be_in_wide_tiles() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (1500, 1024, 3), np.uint8)
+    tiles = [(322, 3, 1, 1024), (323, 3, 1, 2048), (324, 4, 1, 8), (325, 4, 1, 2048 * 1024 * 3)]
+    tags = [tag for tag in hostile.grey_tags(100, 1500) if tag[0] not in {258, 262, 273, 277, 278, 279}]
+    bits_at = 8 + 2048 * 1024 * 3
+    colours = [(258, 3, 3, bits_at), (262, 3, 1, 2), (277, 3, 1, 3)]
+    stored = pixels.tobytes() + bytes(548 * 1024 * 3) + struct.pack("<4H", 8, 8, 8, 0)
+    picture = decode(hostile.tiff([*tags, *colours, *tiles], stored), LIMIT)
+    assert np.array_equal(np.asarray(picture), pixels[:, :100])
+
+
 def test_the_first_page_of_a_tiff_and_the_first_picture_of_an_mpo_count() -> None:
     other = Image.new("RGB", (8, 8))
     for file_format in ("TIFF", "MPO"):

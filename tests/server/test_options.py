@@ -46,6 +46,8 @@ def test_everything_can_be_given() -> None:
         ("max_detections", "0"),
         ("max_detections", "-5"),
         ("max_detections", "1.5"),
+        ("max_detections", "1_0"),
+        ("threshold", "0.1_5"),
         ("max_detections", "9" * 5000),
         ("box_format", "yxyx"),
         ("units", "inch"),
