@@ -12,6 +12,9 @@ PART_NAMES = ("images", "image")
 
 _LONGEST_BOUNDARY = 256  # RFC 2046 allows 70
 _LONGEST_PART_HEADER = 8192
+_MOST_SEMICOLONS = 1000
+"""In what names a part: a file may be called so, but each takes the event loop a microsecond."""
+
 _EXCERPT_BYTES = 20
 _PADDING = re.compile(rb"[ \t]{0,100}\r\n")
 _PADDING_SO_FAR = re.compile(rb"[ \t]{0,100}\r?")
@@ -125,6 +128,8 @@ def _check_name(header: bytes) -> None:
         field, _, value = line.partition(b":")
         if field.strip().lower() == b"content-disposition":
             disposition = value
+    if (semicolons := disposition.count(b";")) > _MOST_SEMICOLONS:
+        raise BadBody(f"{_BAD_FORM}: {semicolons} semicolons in the header of a part, {_MOST_SEMICOLONS} may be")
     _, options = parse_options_header(disposition.strip())
     name = options.get(b"name", b"").decode("utf-8", "replace")
     if name not in PART_NAMES:

@@ -71,6 +71,7 @@ def test_a_parts_content_type_is_a_guess_from_its_files_name_and_nobody_is_held_
         (b"--frontier", "ends before its closing boundary"),
         (b"--frontier\r\nA: b", "ends before its closing boundary"),
         (b"--frontier\r\nA: " + b"b" * 9000, "header of a part has more than 8192 bytes"),
+        (form(('images"; x="' + ";" * 5000, b"x")), "5003 semicolons in the header of a part"),
     ],
 )
 def test_a_form_that_is_not_quite_one_is_refused(body: bytes, message: str) -> None:
@@ -88,6 +89,20 @@ def test_a_file_may_have_almost_boundaries_anywhere(size: int) -> None:
     rng = random.Random(size)
     content = b"BM" + b"".join(rng.choice((b"\r\n--frontie", b"\r\n", b"--", b"\r", b"x")) for _ in range(size // 4))
     assert split(form(("images", content), ("image", content[:-1])), FORM, 2) == [content, content[:-1]]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Content-Disposition: form-data; name=images; filename=x.jpg; filename*=utf-8''x.jpg",
+        b'content-disposition:form-data;filename="a;b;c.jpg";name="images"',
+        b'Content-Disposition: form-data; name="images"; filename="' + b";" * 255 + b'.jpg"',
+        b'Content-Disposition: form-data; name="images"; filename="say \\"x; name=y\\".jpg"\r\nContent-Length: 1',
+        b'X: y\r\nContent-Transfer-Encoding: binary\r\nContent-Disposition: form-data; name="images"',
+    ],
+)
+def test_a_parts_header_as_clients_write_it(header: bytes) -> None:
+    assert split(b"--frontier\r\n" + header + b"\r\n\r\nx\r\n--frontier--", FORM, 1) == [b"x"]
 
 
 def test_what_follows_the_form_is_nothing_to_it() -> None:
