@@ -182,6 +182,8 @@ def _pieces(
             raise ImageError("the TIFF file's directory does not say how long its strips or tiles are")
         return {offsets_tag: offsets}
     sizes = directory.integers(bytes_tag, count)
+    if sizes == (0,):  # some old writers say so; libtiff, too, takes the rest of the file then
+        sizes = (max(0, len(directory.data) - offsets[0]),)
     if compression != _NO_COMPRESSION:
         _check_end(directory, offsets, sizes)
     return {offsets_tag: offsets, bytes_tag: sizes}

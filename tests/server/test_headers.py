@@ -183,6 +183,16 @@ def test_a_fax_of_fine_patterns_is_larger_than_its_pixels(compression: str) -> N
     assert np.array_equal(np.asarray(decode(data, 20_000_000))[..., 0] > 0, np.asarray(board))
 
 
+def test_a_single_strip_of_no_bytes_has_the_rest_of_the_file() -> None:
+    data = encode(NOISE, "TIFF", compression="tiff_lzw", strip_size=1 << 20)
+    entry = data.rindex(struct.pack("<HHI", 279, 4, 1))
+    unsized = data[: entry + 8] + bytes(4) + data[entry + 12 :]
+    assert np.array_equal(np.asarray(decode(unsized, LIMIT)), np.asarray(NOISE))
+    strip = data.rindex(struct.pack("<HHI", 273, 4, 1)) + 8
+    with pytest.raises(ImageTruncated):
+        read_header(unsized[:strip] + struct.pack("<I", len(data) + 1) + unsized[strip + 4 :], LIMIT)
+
+
 def test_a_narrow_picture_may_be_in_wide_tiles() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1500, 1024, 3), np.uint8)
     tiles = [(322, 3, 1, 1024), (323, 3, 1, 2048), (324, 4, 1, 8), (325, 4, 1, 2048 * 1024 * 3)]
