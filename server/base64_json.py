@@ -160,7 +160,7 @@ class _Base64:
 
     def close(self) -> bytes | ImageError:
         """The file, or why there is none."""
-        if self._error is None:
+        if self._error is None and self._rest != b"====":  # as some pad what needs none
             try:
                 self._upload.write(binascii.a2b_base64(self._rest, strict_mode=True))
             except ValueError as error:

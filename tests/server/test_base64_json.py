@@ -117,6 +117,12 @@ def test_escapes_are_understood(escapes: tuple[tuple[bytes, bytes], ...], size: 
     assert one(b"\\u0064ata:;base64," + text) == FILE[:size]
 
 
+@pytest.mark.parametrize("size", [3, 90, 768])
+def test_four_signs_of_padding_are_none(size: int) -> None:
+    text = base64.b64encode(FILE[:size])
+    assert one(text + b"=" * (4 - len(text) % 4)) == FILE[:size]
+
+
 @pytest.mark.parametrize("begin", [b"", b"A" * 300])
 @pytest.mark.parametrize(
     "text",
