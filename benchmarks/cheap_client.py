@@ -5,18 +5,16 @@ warm-up ends, and a line of JSON when the duration has: `answers`, `failed`, `se
 """
 
 import argparse
-import asyncio
 import json
 import sys
 import time
 from collections.abc import Sequence
-from itertools import count
+from itertools import cycle
 
-import uvloop
-
-from benchmarks.lean_client import LeanClient
+from benchmarks.lean_client import LeanClient, Try
+from loadtest.arrivals import Arrival
 from loadtest.client import OK
-from loadtest.payload import Payload, drawn
+from loadtest.payload import drawn
 from loadtest.report import percentile
 
 
@@ -28,46 +26,49 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=16)
     args = parser.parse_args()
     payloads = drawn(args.pictures, seed=0)
+    client = LeanClient(args.url, payloads)
     print("ready", flush=True)
     for line in sys.stdin:
         warmup_s, duration_s = map(float, line.split())
-        uvloop.run(saturate(args.url, payloads, args.clients, warmup_s, duration_s))
+        saturate(client, args.pictures, args.clients, warmup_s, duration_s)
     return 0
 
 
-async def saturate(url: str, payloads: Sequence[Payload], clients: int, warmup_s: float, duration_s: float) -> None:
+def saturate(client: LeanClient, pictures: int, clients: int, warmup_s: float, duration_s: float) -> None:
     """Closed loop over new connections; what came within the duration is printed when it is over."""
-    numbers = count()
-    failed = 0
-    latencies_ms: list[float] | None = None  # once the warm-up has ended
+    numbers = cycle(range(pictures))
+    began: tuple[float, float] | None = None  # the duration's start: its time, and CPU seconds by then
+    over = False
+    measured: list[Try] = []
 
-    async def ask_on(client: LeanClient) -> None:
-        nonlocal failed
-        while True:
-            sent_s = time.perf_counter()
-            answer = await client.detect(payloads[next(numbers) % len(payloads)])
-            if latencies_ms is not None:
-                failed += answer.outcome != OK
-                latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
+    def again(each: Try) -> Arrival | None:
+        nonlocal began, over
+        if began is None:
+            if each.done_s >= warmup_s:
+                began = each.done_s, time.process_time()
+                print("begun", flush=True)
+        elif each.done_s < began[0] + duration_s:
+            measured.append(each)
+        elif not over:
+            over = True
+            print(json.dumps(found(measured, each.done_s - began[0], time.process_time() - began[1])), flush=True)
+        return None if over else Arrival(each.done_s, next(numbers))
 
-    async with LeanClient(url) as client:
-        asking = [asyncio.ensure_future(ask_on(client)) for _ in range(clients)]
-        await asyncio.sleep(warmup_s)
-        latencies_ms, began_s, began_cpu_s = [], time.perf_counter(), time.process_time()
-        print("begun", flush=True)
-        await asyncio.sleep(duration_s)
-        ordered = sorted(latencies_ms)
-        found = {
-            "answers": len(ordered) - failed,
-            "failed": failed,
-            "seconds": time.perf_counter() - began_s,
-            "cpu_s": time.process_time() - began_cpu_s,
-            "p50_ms": percentile(ordered, 50) if ordered else 0.0,
-            "p99_ms": percentile(ordered, 99) if ordered else 0.0,
-        }
-        print(json.dumps(found), flush=True)
-        for each in asking:
-            each.cancel()
+    client.run([Arrival(0.0, next(numbers)) for _ in range(clients)], again)
+
+
+def found(measured: Sequence[Try], seconds: float, cpu_s: float) -> dict[str, float | int]:
+    """For the caller to read."""
+    latencies_ms = sorted(each.latency_ms for each in measured)
+    failed = sum(each.outcome != OK for each in measured)
+    return {
+        "answers": len(measured) - failed,
+        "failed": failed,
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "p50_ms": percentile(latencies_ms, 50) if measured else 0.0,
+        "p99_ms": percentile(latencies_ms, 99) if measured else 0.0,
+    }
 
 
 if __name__ == "__main__":

@@ -1,147 +1,222 @@
-"""Requests to /detect for a tenth of the CPU time that `ddetr bench` takes, which can do more: any server, TLS, keys.
+"""Requests to /detect for little CPU time; `ddetr bench` takes twenty times as much, and can do more (TLS, keys).
 
-Beside a server on the same two cores a client's millisecond is one that the engine does not get. Answers must have a
-Content-Length, as all of `ddetr serve` have.
+Beside a server on the same two cores a client's millisecond is one that the engine does not get: so this is one thread,
+sockets and `epoll`. Answers must have a Content-Length, as all of `ddetr serve` have.
 """
 
-import asyncio
+import heapq
 import re
+import select
 import socket
 import time
 from collections import deque
-from types import TracebackType
-from typing import Self, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from loadtest.client import DISCONNECTED, OK, REFUSED, TIMEOUT, Answer, error_code
+from loadtest.arrivals import Arrival
+from loadtest.client import DISCONNECTED, OK, REFUSED, TIMEOUT, error_code
 from loadtest.payload import Payload
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _RETRY_AFTER = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 _LONGEST_IDLE_S = 4.0  # uvicorn closes a connection that idles for 5 s
-_SEND_BUFFER_BYTES = 1 << 20  # a request fits: sending never waits
+_SEND_BUFFER_BYTES = 1 << 20  # a request fits: sending does not wait
 _PATIENCE_S = 60.0
 
 
-class _Connection(asyncio.Protocol):
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One request, of one client's several. Seconds since the run's start."""
+
+    client: int
+    tries: int  # of this client, this one included
+    payload: int
+    sent_s: float
+    done_s: float
+    outcome: str  # as loadtest.client has them
+    retry_after_s: float | None = None
+
+    @property
+    def latency_ms(self) -> float:
+        """From sending to the answer's end."""
+        return (self.done_s - self.sent_s) * 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    client: int
+    tries: int
+    payload: int
+    sent_s: float
+
+
+class _Connection:
     """One request at a time."""
 
-    def __init__(self) -> None:
+    __slots__ = ("answer", "asked", "idle_since_s", "socket")
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.socket = socket.create_connection(address, timeout=_PATIENCE_S)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.asked: _Asked | None = None
+        self.answer = b""
         self.idle_since_s = 0.0
-        self.open = True
-        self._transport: asyncio.WriteTransport | None = None
-        self._answered: asyncio.Future[bytes] | None = None
-        self._answer = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's says it is none
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-
-    def ask(self, request: bytes) -> "asyncio.Future[bytes]":
-        """Send; the future is the whole answer, or b"" if the connection ends before it."""
-        assert self._transport is not None
-        self._answer = b""
-        self._answered = asyncio.get_running_loop().create_future()
-        self._transport.write(request)
-        return self._answered
-
-    def data_received(self, data: bytes) -> None:
-        self._answer += data
-        head = self._answer.find(b"\r\n\r\n")
+    def receive(self) -> bytes | None:
+        """The answer if it is whole, b"" if the connection ended before; None if more has to come."""
+        try:
+            data = self.socket.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            return b""
+        answer = self.answer = self.answer + data if self.answer else data
+        head = answer.find(b"\r\n\r\n")
         if head < 0:
-            return
-        length = _LENGTH.search(self._answer, 0, head)
+            return None
+        length = _LENGTH.search(answer, 0, head)
         if length is None:
-            raise ValueError(f"an answer without Content-Length: {self._answer[:200]!r}")
-        if len(self._answer) >= head + 4 + int(length[1]):
-            self.idle_since_s = time.monotonic()
-            self._end(self._answer)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.open = False
-        self._end(b"")
-
-    def close(self) -> None:
-        """Close it; who waits for an answer gets none."""
-        self.open = False
-        if self._transport is not None:
-            self._transport.close()
-
-    def _end(self, answer: bytes) -> None:
-        if self._answered is not None and not self._answered.done():
-            self._answered.set_result(answer)
-        self._answered = None
+            raise ValueError(f"an answer without Content-Length: {answer[:200]!r}")
+        return answer if len(answer) >= head + 4 + int(length[1]) else None
 
 
 class LeanClient:
-    """As many connections as there are requests on their way; kept for the next. Use as an async context."""
+    """As many connections as there are requests on their way; kept for the next."""
 
-    def __init__(self, url: str, timeout_ms: float | None = None) -> None:
+    def __init__(self, url: str, payloads: Sequence[Payload], timeout_ms: float | None = None) -> None:
         parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
-        self._more = "" if timeout_ms is None else f"X-Timeout-Ms: {timeout_ms:g}\r\n"
-        self._requests: dict[str, bytes] = {}
-        self._idle: deque[_Connection] = deque()  # used longest ago first
-        self._all: set[_Connection] = set()
+        self._address = parts.hostname or "127.0.0.1", parts.port or 80
+        more = "" if timeout_ms is None else f"X-Timeout-Ms: {timeout_ms:g}\r\n"
+        self._requests = [
+            (
+                f"POST /detect HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n"
+                f"Content-Type: {payload.media_type}\r\nContent-Length: {len(payload.body)}\r\n{more}\r\n"
+            ).encode()
+            + payload.body
+            for payload in payloads
+        ]
 
-    async def __aenter__(self) -> Self:
-        return self
+    def run(self, arrivals: Iterable[Arrival], again: Callable[[Try], Arrival | None]) -> list[Try]:
+        """All tries, as they ended. Every arrival is a client, who is told what became of each and may come `again`.
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        Arrivals come in the order of their times; these are seconds since the start, as in tries.
+        """
+        return _Run(self._address, self._requests, again).all(iter(arrivals))
+
+
+class _Run:
+    def __init__(
+        self, address: tuple[str, int], requests: Sequence[bytes], again: Callable[[Try], Arrival | None]
     ) -> None:
-        for connection in self._all:
-            connection.close()
+        self._address = address
+        self._requests = requests
+        self._again = again
+        self._tries: list[Try] = []
+        self._due: list[tuple[float, int, int, int]] = []  # heap: when, client, tries so far, payload
+        self._connections: dict[int, _Connection] = {}  # by file descriptor
+        self._idle: deque[_Connection] = deque()  # used longest ago first
+        self._asking = 0
+        self._poll = select.epoll()
+        self._start_s = time.monotonic()
 
-    async def detect(self, payload: Payload) -> Answer:
-        """Send one picture and read the answer to its end. What goes wrong is in the answer, too."""
+    def all(self, arrivals: "Iterable[Arrival]") -> list[Try]:
+        newcomers = ((arrival.at_s, client, 0, arrival.payload) for client, arrival in enumerate(arrivals))
+        newcomer = next(newcomers, None)
         try:
-            connection = self._kept() or await self._connect()
+            while newcomer or self._due or self._asking:
+                now_s = self._now_s()
+                if newcomer and newcomer[0] <= now_s:
+                    heapq.heappush(self._due, newcomer)
+                    newcomer = next(newcomers, None)
+                    continue
+                if self._due and self._due[0][0] <= now_s:
+                    self._ask(*heapq.heappop(self._due)[1:])
+                    continue
+                next_s = min([due[0] for due in (newcomer, self._due[0] if self._due else None) if due], default=None)
+                self._receive(_PATIENCE_S if next_s is None else min(next_s - now_s, _PATIENCE_S))
+        finally:
+            for connection in self._connections.values():
+                connection.socket.close()
+            self._poll.close()
+        return self._tries
+
+    def _ask(self, client: int, tries: int, payload: int) -> None:
+        asked = _Asked(client, tries + 1, payload, self._now_s())
+        try:
+            connection = self._connection()
         except OSError:
-            return Answer(REFUSED)
+            self._told(asked, REFUSED)
+            return
+        connection.asked, connection.answer = asked, b""
+        self._asking += 1
         try:
-            async with asyncio.timeout(_PATIENCE_S):
-                answer = await connection.ask(self._request(payload))
-        except TimeoutError:
-            connection.close()
-            self._all.discard(connection)
-            return Answer(TIMEOUT)
-        if not answer:
-            self._all.discard(connection)
-            return Answer(DISCONNECTED)
-        self._idle.append(connection)
-        if answer.startswith(b"HTTP/1.1 200 "):
-            return Answer(OK)
-        head, _, content = answer.partition(b"\r\n\r\n")
-        retry_after = _RETRY_AFTER.search(head)
-        outcome = f"{head[9:12].decode()} {error_code(content)}".rstrip()
-        return Answer(outcome, None if retry_after is None else float(retry_after[1]))
+            connection.socket.sendall(self._requests[payload])
+        except OSError:
+            self._end(connection, DISCONNECTED)
 
-    def _kept(self) -> _Connection | None:
-        oldest_s = time.monotonic() - _LONGEST_IDLE_S
-        while self._idle and (self._idle[0].idle_since_s < oldest_s or not self._idle[0].open):
-            connection = self._idle.popleft()
-            connection.close()
-            self._all.discard(connection)
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.open:
-                return connection
-            self._all.discard(connection)
-        return None
+    def _receive(self, within_s: float) -> None:
+        ready = self._poll.poll(within_s)
+        for number, _ in ready:
+            connection = self._connections.get(number)
+            if connection is None:
+                continue
+            answer = connection.receive()
+            if answer is None:
+                continue
+            asked = connection.asked
+            if asked is None or not answer:
+                self._end(connection, DISCONNECTED)
+                continue
+            self._asking -= 1
+            connection.asked, connection.idle_since_s = None, self._now_s()
+            self._idle.append(connection)
+            if answer.startswith(b"HTTP/1.1 200 "):
+                self._told(asked, OK)
+                continue
+            head, _, content = answer.partition(b"\r\n\r\n")
+            retry_after = _RETRY_AFTER.search(head)
+            outcome = f"{head[9:12].decode()} {error_code(content)}".rstrip()
+            self._told(asked, outcome, None if retry_after is None else float(retry_after[1]))
+        if not ready and self._asking:
+            late_s = self._now_s() - _PATIENCE_S
+            for connection in [*self._connections.values()]:
+                if connection.asked is not None and connection.asked.sent_s < late_s:
+                    self._end(connection, TIMEOUT)
 
-    async def _connect(self) -> _Connection:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(_Connection, self._host, self._port)
-        self._all.add(connection)
+    def _told(self, asked: _Asked, outcome: str, retry_after_s: float | None = None) -> None:
+        each = Try(asked.client, asked.tries, asked.payload, asked.sent_s, self._now_s(), outcome, retry_after_s)
+        self._tries.append(each)
+        arrival = self._again(each)
+        if arrival is not None:
+            heapq.heappush(self._due, (arrival.at_s, asked.client, asked.tries, arrival.payload))
+
+    def _connection(self) -> _Connection:
+        oldest_s = self._now_s() - _LONGEST_IDLE_S
+        while self._idle and self._idle[0].idle_since_s < oldest_s:
+            self._close(self._idle.popleft())
+        if self._idle:
+            return self._idle.pop()
+        connection = _Connection(self._address)
+        self._connections[connection.socket.fileno()] = connection
+        self._poll.register(connection.socket, select.EPOLLIN)
         return connection
 
-    def _request(self, payload: Payload) -> bytes:
-        request = self._requests.get(payload.name)
-        if request is None:
-            head = (
-                f"POST /detect HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: {payload.media_type}\r\n"
-                f"Content-Length: {len(payload.body)}\r\n{self._more}\r\n"
-            )
-            request = self._requests[payload.name] = head.encode() + payload.body
-        return request
+    def _end(self, connection: _Connection, outcome: str) -> None:
+        """It is of no use any more; whoever waits for an answer gets `outcome`."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+        asked, connection.asked = connection.asked, None
+        self._close(connection)
+        if asked is not None:
+            self._asking -= 1
+            self._told(asked, outcome)
+
+    def _close(self, connection: _Connection) -> None:
+        del self._connections[connection.socket.fileno()]
+        self._poll.unregister(connection.socket)
+        connection.socket.close()
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self._start_s
