@@ -31,11 +31,6 @@ logger = logging.getLogger("ddetr.logs")
 _GATHER_S = 0.02
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
 
-# What Python's logging finds out for every record, at a third of its price, and neither form says; nor from which line
-# of the code it comes.
-_UNSAID = ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks")
-_CALLERS = logging._srcfile
-
 
 class JsonForm(logging.Formatter):
     """A record as a JSON object of ASCII characters: time, level, logger, message, its fields, its traceback."""
@@ -153,7 +148,6 @@ def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None =
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())
-    _find_out_unsaid(False)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
@@ -164,15 +158,8 @@ def close_log(handler: QueuedHandler) -> None:
     """Undo `open_log`, with every line written."""
     logging.getLogger().removeHandler(handler)
     handler.close()
-    _find_out_unsaid(True)
     logging.captureWarnings(False)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
-
-
-def _find_out_unsaid(wanted: bool) -> None:
-    for name in _UNSAID:
-        setattr(logging, name, wanted)
-    logging._srcfile = _CALLERS if wanted else None
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
