@@ -1,11 +1,12 @@
 """When one more image would be done, against sums done by hand."""
 
+import random
 from collections.abc import Sequence
 
 import pytest
 
 from bundle import Canvas
-from server.batch_queue import Priority
+from server.batch_queue import PRIORITIES, Priority
 from server.estimate import Estimate
 from server.line import Line, Place
 
@@ -127,6 +128,28 @@ def test_nobody_waits_for_bodies_that_take_long() -> None:
     for place in slow + quick:
         place.give_back()
     assert len(hall.line) == 0
+
+
+def test_what_is_counted_is_what_is_there() -> None:
+    hall, rng = Hall(), random.Random(0)
+    places: list[Place] = []
+    seen = set()
+    for _ in range(1500):
+        hall.now_s += 0.02  # a body that is awaited for 13 steps counts as one that takes long
+        if rng.random() < 0.2 or not places:
+            places += hall.reading(1, rng.choice(PRIORITIES))
+        place = rng.choice(places[-30:])
+        rng.choice([lambda: place.read(10), lambda: place.decoded(SMALL), place.dispatched, place.leave])()
+        ahead = hall.line.ahead_of(())
+        there = [(each.stage, each.priority) for each in places if each.stage is not None]
+        seen |= {stage for stage, _ in there}
+        assert len(hall.line) == len(there)
+        assert ahead == sum(stage != "uploading" for stage, _ in there)
+        assert hall.line.waiting() == sum(stage != "running" for stage, _ in there)
+        for priority in PRIORITIES:
+            of_lane = sum(stage != "running" and lane == priority for stage, lane in there)
+            assert hall.line.waiting(priority) == of_lane
+    assert seen == {"reading", "uploading", "decoding", "waiting", "running"}
 
 
 def test_interactive_work_does_not_wait_for_batch_work_but_for_what_an_engine_has_and_the_other_way_round() -> None:
