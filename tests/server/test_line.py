@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_what_is_counted_is_what_is_there() -> None:
         if rng.random() < 0.2 or not places:
             places += hall.reading(1, rng.choice(PRIORITIES))
         place = rng.choice(places[-30:])
-        rng.choice([lambda: place.read(10), lambda: place.decoded(SMALL), place.dispatched, place.leave])()
+        rng.choice([partial(place.read, 10), partial(place.decoded, SMALL), place.dispatched, place.leave])()
         ahead = hall.line.ahead_of(())
         there = [(each.stage, each.priority) for each in places if each.stage is not None]
         seen |= {stage for stage, _ in there}
