@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
 
 from benchmarks.lean_client import LeanClient, Try
@@ -16,6 +17,10 @@ from loadtest.arrivals import Arrival
 from loadtest.client import OK
 from loadtest.payload import drawn
 from loadtest.report import percentile
+
+
+class _Over(Exception):
+    """The duration is."""
 
 
 def main() -> int:
@@ -38,23 +43,23 @@ def saturate(client: LeanClient, pictures: int, clients: int, warmup_s: float, d
     """Closed loop over new connections; what came within the duration is printed when it is over."""
     numbers = cycle(range(pictures))
     began: tuple[float, float] | None = None  # the duration's start: its time, and CPU seconds by then
-    over = False
     measured: list[Try] = []
 
-    def again(each: Try) -> Arrival | None:
-        nonlocal began, over
+    def again(each: Try) -> Arrival:
+        nonlocal began
         if began is None:
             if each.done_s >= warmup_s:
                 began = each.done_s, time.process_time()
                 print("begun", flush=True)
-        elif each.done_s < began[0] + duration_s:
+        else:
             measured.append(each)
-        elif not over:
-            over = True
-            print(json.dumps(found(measured, each.done_s - began[0], time.process_time() - began[1])), flush=True)
-        return None if over else Arrival(each.done_s, next(numbers))
+            if each.done_s >= began[0] + duration_s:
+                print(json.dumps(found(measured, each.done_s - began[0], time.process_time() - began[1])), flush=True)
+                raise _Over
+        return Arrival(each.done_s, next(numbers))
 
-    client.run([Arrival(0.0, next(numbers)) for _ in range(clients)], again)
+    with suppress(_Over):  # and with it all that is under way
+        client.run([Arrival(0.0, next(numbers)) for _ in range(clients)], again)
 
 
 def found(measured: Sequence[Try], seconds: float, cpu_s: float) -> dict[str, float | int]:

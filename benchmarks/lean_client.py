@@ -1,10 +1,13 @@
-"""Requests to /detect for little CPU time; `ddetr bench` takes twenty times as much, and can do more (TLS, keys).
+"""Requests to /detect for as little CPU time as Python can; `ddetr bench` can do more: any server, TLS, keys.
 
 Beside a server on the same two cores a client's millisecond is one that the engine does not get: so this is one thread,
-sockets and `epoll`. Answers must have a Content-Length, as all of `ddetr serve` have.
+sockets and `epoll`. Answers must have a Content-Length, as all of `ddetr serve` have. Connecting and sending wait; that
+takes no time where the server is on this machine and a request fits into the socket's buffer. Latencies count from when
+a request was due, whatever made it late.
 """
 
 import heapq
+import math
 import re
 import select
 import socket
@@ -12,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from loadtest.arrivals import Arrival
@@ -19,10 +23,18 @@ from loadtest.client import DISCONNECTED, OK, REFUSED, TIMEOUT, error_code
 from loadtest.payload import Payload
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _RETRY_AFTER = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 _LONGEST_IDLE_S = 4.0  # uvicorn closes a connection that idles for 5 s
-_SEND_BUFFER_BYTES = 1 << 20  # a request fits: sending does not wait
+_SEND_BUFFER_BYTES = 1 << 20
 _PATIENCE_S = 60.0
+
+
+class _Asked(NamedTuple):
+    client: int
+    tries: int
+    payload: int
+    due_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +44,15 @@ class Try:
     client: int
     tries: int  # of this client, this one included
     payload: int
-    sent_s: float
+    due_s: float
     done_s: float
     outcome: str  # as loadtest.client has them
     retry_after_s: float | None = None
 
     @property
     def latency_ms(self) -> float:
-        """From sending to the answer's end."""
-        return (self.done_s - self.sent_s) * 1e3
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    client: int
-    tries: int
-    payload: int
-    sent_s: float
+        """From the moment it was due to the answer's end."""
+        return (self.done_s - self.due_s) * 1e3
 
 
 class _Connection:
@@ -103,7 +107,7 @@ class LeanClient:
 
         Arrivals come in the order of their times; these are seconds since the start, as in tries.
         """
-        return _Run(self._address, self._requests, again).all(iter(arrivals))
+        return _Run(self._address, self._requests, again).see_through(arrivals)
 
 
 class _Run:
@@ -114,83 +118,87 @@ class _Run:
         self._requests = requests
         self._again = again
         self._tries: list[Try] = []
-        self._due: list[tuple[float, int, int, int]] = []  # heap: when, client, tries so far, payload
+        self._due: list[tuple[float, _Asked]] = []  # heap
         self._connections: dict[int, _Connection] = {}  # by file descriptor
         self._idle: deque[_Connection] = deque()  # used longest ago first
         self._asking = 0
         self._poll = select.epoll()
         self._start_s = time.monotonic()
 
-    def all(self, arrivals: "Iterable[Arrival]") -> list[Try]:
-        newcomers = ((arrival.at_s, client, 0, arrival.payload) for client, arrival in enumerate(arrivals))
+    def see_through(self, arrivals: Iterable[Arrival]) -> list[Try]:
+        newcomers = (_Asked(client, 1, arrival.payload, arrival.at_s) for client, arrival in enumerate(arrivals))
         newcomer = next(newcomers, None)
         try:
             while newcomer or self._due or self._asking:
                 now_s = self._now_s()
-                if newcomer and newcomer[0] <= now_s:
-                    heapq.heappush(self._due, newcomer)
+                if newcomer and newcomer.due_s <= now_s:
+                    self._ask(newcomer)
                     newcomer = next(newcomers, None)
-                    continue
-                if self._due and self._due[0][0] <= now_s:
-                    self._ask(*heapq.heappop(self._due)[1:])
-                    continue
-                next_s = min([due[0] for due in (newcomer, self._due[0] if self._due else None) if due], default=None)
-                self._receive(_PATIENCE_S if next_s is None else min(next_s - now_s, _PATIENCE_S))
+                elif self._due and self._due[0][0] <= now_s:
+                    self._ask(heapq.heappop(self._due)[1])
+                else:
+                    soonest_s = min(
+                        now_s + _PATIENCE_S,
+                        newcomer.due_s if newcomer else math.inf,
+                        self._due[0][0] if self._due else math.inf,
+                    )
+                    self._receive(soonest_s - now_s)
         finally:
             for connection in self._connections.values():
                 connection.socket.close()
             self._poll.close()
         return self._tries
 
-    def _ask(self, client: int, tries: int, payload: int) -> None:
-        asked = _Asked(client, tries + 1, payload, self._now_s())
+    def _ask(self, asked: _Asked) -> None:
         try:
             connection = self._connection()
         except OSError:
-            self._told(asked, REFUSED)
+            self._tell(asked, REFUSED)
             return
         connection.asked, connection.answer = asked, b""
         self._asking += 1
         try:
-            connection.socket.sendall(self._requests[payload])
+            connection.socket.sendall(self._requests[asked.payload])
         except OSError:
             self._end(connection, DISCONNECTED)
 
     def _receive(self, within_s: float) -> None:
         ready = self._poll.poll(within_s)
         for number, _ in ready:
-            connection = self._connections.get(number)
-            if connection is None:
-                continue
+            connection = self._connections[number]
             answer = connection.receive()
-            if answer is None:
-                continue
-            asked = connection.asked
-            if asked is None or not answer:
+            if answer == b"" or (answer and connection.asked is None):
                 self._end(connection, DISCONNECTED)
-                continue
-            self._asking -= 1
-            connection.asked, connection.idle_since_s = None, self._now_s()
-            self._idle.append(connection)
-            if answer.startswith(b"HTTP/1.1 200 "):
-                self._told(asked, OK)
-                continue
-            head, _, content = answer.partition(b"\r\n\r\n")
-            retry_after = _RETRY_AFTER.search(head)
-            outcome = f"{head[9:12].decode()} {error_code(content)}".rstrip()
-            self._told(asked, outcome, None if retry_after is None else float(retry_after[1]))
+            elif answer:
+                self._hear(connection, answer)
         if not ready and self._asking:
             late_s = self._now_s() - _PATIENCE_S
             for connection in [*self._connections.values()]:
-                if connection.asked is not None and connection.asked.sent_s < late_s:
+                if connection.asked is not None and connection.asked.due_s < late_s:
                     self._end(connection, TIMEOUT)
 
-    def _told(self, asked: _Asked, outcome: str, retry_after_s: float | None = None) -> None:
-        each = Try(asked.client, asked.tries, asked.payload, asked.sent_s, self._now_s(), outcome, retry_after_s)
+    def _hear(self, connection: _Connection, answer: bytes) -> None:
+        head, _, content = answer.partition(b"\r\n\r\n")
+        retry_after = _RETRY_AFTER.search(head)
+        ok = head.startswith(b"HTTP/1.1 200 ")
+        outcome = OK if ok else f"{head[9:12].decode()} {error_code(content)}".rstrip()
+        asked, connection.asked = connection.asked, None
+        assert asked is not None
+        self._asking -= 1
+        if _CLOSE.search(head):
+            self._close(connection)
+        else:
+            connection.idle_since_s = self._now_s()
+            self._idle.append(connection)
+        self._tell(asked, outcome, None if retry_after is None else float(retry_after[1]))
+
+    def _tell(self, asked: _Asked, outcome: str, retry_after_s: float | None = None) -> None:
+        each = Try(*asked, self._now_s(), outcome, retry_after_s)
         self._tries.append(each)
         arrival = self._again(each)
         if arrival is not None:
-            heapq.heappush(self._due, (arrival.at_s, asked.client, asked.tries, arrival.payload))
+            again = _Asked(asked.client, asked.tries + 1, arrival.payload, arrival.at_s)
+            heapq.heappush(self._due, (again.due_s, again))
 
     def _connection(self) -> _Connection:
         oldest_s = self._now_s() - _LONGEST_IDLE_S
@@ -211,7 +219,7 @@ class _Run:
         self._close(connection)
         if asked is not None:
             self._asking -= 1
-            self._told(asked, outcome)
+            self._tell(asked, outcome)
 
     def _close(self, connection: _Connection) -> None:
         del self._connections[connection.socket.fileno()]

@@ -4,12 +4,13 @@ python -m benchmarks.overload
 python -m benchmarks.overload --pictures FOLDER --deadline-ms 500 --seconds 30 --rounds 1
 python -m benchmarks.overload --serve="--engine-threads 1"       (leaves a core of two to the client)
 
-The sustainable rate is that of answers to clients that ask again as soon as they are answered. In each of --rounds, for
---seconds, requests at --factor times that rate arrive as a Poisson process, each with a deadline; whoever is refused
-comes back after exactly the Retry-After, --retries times at most. Both rates are of a server that has been under that
-load for some seconds already. The sustainable rate is measured before, between and after: machines change their speed
-from minute to minute, and the mean of the two beside a round is what counts for it. Asked: of the requests let in, p99
-within the deadline; good answers at 0.9 of the sustainable rate, by the median of the rounds; 95% of the clients
+The sustainable rate is that of answers to clients that ask again as soon as they are answered. In each of --rounds
+requests at --factor times the newest such rate arrive as a Poisson process, each with a deadline; whoever is refused
+comes back after exactly the Retry-After, --retries times at most. Both rates are taken over --seconds, of a server that
+has been under that load for some seconds already. The sustainable rate is measured before, between and after: machines
+change their speed from minute to minute, and the mean of the two beside a round is what counts for it (the later one
+comes when the last retry has been answered). Asked: of the requests let in while others arrive, p99 within the
+deadline; answers within the deadline at 0.9 of the sustainable rate, by the median of the rounds; 95% of the clients
 succeed in the end.
 
 The client is a process of its own, but on the same machine: what it takes it takes from the server.
@@ -36,7 +37,7 @@ from loadtest.server_process import serving
 
 SATURATING_CLIENTS = 24
 WARM_UP_S = 3.0
-REFUSED = ("429", "503")
+REFUSED = ("429 queue_full", "503 deadline_unmeetable")
 GOODPUT, SUCCEED = 0.9, 0.95
 
 
@@ -45,10 +46,11 @@ class Round:
     """What became of the requests of one round."""
 
     sustainable: float  # answers a second, the mean of before and after
-    good: float  # answers a second while requests came
+    good: float  # answers a second in time, while requests arrived and after the warm-up
     tries: Sequence[Try]
     clients: int
-    client_cores: float
+    arriving_s: float
+    client_cores: float  # in that time
 
     @property
     def goodput(self) -> float:
@@ -72,8 +74,9 @@ class Round:
 
     @property
     def latencies_ms(self) -> list[float]:
-        """Of those let in, ascending; one without boxes counts as never answered."""
-        return sorted(each.latency_ms if each.outcome == OK else float("inf") for each in self.let_in)
+        """Of those let in that were due while others arrived, ascending; one without boxes counts as never answered."""
+        due = [each for each in self.let_in if each.due_s <= self.arriving_s]
+        return sorted(each.latency_ms if each.outcome == OK else float("inf") for each in due)
 
 
 def sustainable_rate(url: str, payloads: Sequence[Payload], seconds: float) -> float:
@@ -94,17 +97,24 @@ def sustainable_rate(url: str, payloads: Sequence[Payload], seconds: float) -> f
 def overload(
     url: str, payloads: Sequence[Payload], rate: float, seed: int, args: argparse.Namespace
 ) -> tuple[list[Try], int, float]:
-    """All tries, how many clients there were, and the cores that the client took."""
+    """All tries, how many clients there were, and the cores that this one took while they arrived."""
+    arriving_s = WARM_UP_S + args.seconds
+    arrived_cpu_s = 0.0
 
     def again(each: Try) -> Arrival | None:
+        nonlocal arrived_cpu_s
+        if each.done_s >= arriving_s and not arrived_cpu_s:
+            arrived_cpu_s = time.process_time()
         if each.retry_after_s is None or each.tries > args.retries:
             return None
         return Arrival(each.done_s + each.retry_after_s, each.payload)
 
-    arrivals = list(poisson(rate, WARM_UP_S + args.seconds, len(payloads), seed))
-    began_s, began_cpu_s = time.monotonic(), time.process_time()
+    arrivals = list(poisson(rate, arriving_s, len(payloads), seed))
+    began_cpu_s = time.process_time()
     tries = LeanClient(url, payloads, args.deadline_ms).run(arrivals, again)
-    return tries, len(arrivals), (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
+    if all(each.outcome.startswith(REFUSED) for each in tries):
+        raise SystemExit(f"nobody was let in: {Counter(each.outcome for each in tries)}")
+    return tries, len(arrivals), ((arrived_cpu_s or time.process_time()) - began_cpu_s) / arriving_s
 
 
 def main() -> int:
@@ -129,8 +139,10 @@ def main() -> int:
         for number in range(args.rounds):
             tries, clients, cores = overload(server.url, payloads, args.factor * before, args.seed + number, args)
             after = sustainable_rate(server.url, payloads, args.seconds)
-            in_time = [e for e in tries if e.outcome == OK and WARM_UP_S < e.done_s <= WARM_UP_S + args.seconds]
-            one = Round((before + after) / 2, len(in_time) / args.seconds, tries, clients, cores)
+            arriving_s = WARM_UP_S + args.seconds
+            measured = [each for each in tries if WARM_UP_S < each.done_s <= arriving_s and each.outcome == OK]
+            in_time = sum(each.latency_ms <= args.deadline_ms for each in measured)
+            one = Round((before + after) / 2, in_time / args.seconds, tries, clients, arriving_s, cores)
             rounds.append(one)
             p50, p99 = (percentile(one.latencies_ms, share) for share in (50, 99))
             print(

@@ -35,8 +35,7 @@ class Line:
         self._decode_threads = decode_threads
         self._clock = clock
         self._counts: Counter[tuple[Stage, Priority, Canvas | None]] = Counter()  # without zeros
-        self._total = self._uploading = 0  # of these
-        self._waiting: dict[Priority, int] = {"interactive": 0, "batch": 0}
+        self._total = 0  # of these
         self._bytes: Counter[Priority] = Counter()
         self._expected: deque[tuple[float, Place]] = deque()  # since when
         self._dispatched_s = clock()
@@ -58,7 +57,9 @@ class Line:
 
     def waiting(self, priority: Priority | None = None) -> int:
         """Images not yet with an engine, of one lane or of both."""
-        return sum(self._waiting.values()) if priority is None else self._waiting[priority]
+        return sum(
+            count for (stage, lane, _), count in self._counts.items() if stage != "running" and priority in (None, lane)
+        )
 
     def held_bytes(self, priority: Priority | None = None) -> int:
         """Bytes of uploads not yet decoded, and of bodies on their way, of one lane or of both."""
@@ -78,7 +79,7 @@ class Line:
         """Images of others that an engine has or will soon have."""
         self._give_up_expecting()
         own = sum(place.stage not in (None, "uploading") for place in places)
-        return self._total - self._uploading - own
+        return sum(count for (stage, _, _), count in self._counts.items() if stage != "uploading") - own
 
     def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
         """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
@@ -186,27 +187,20 @@ class Line:
 
     def _move(self, place: "Place", stage: Stage | None, canvas: Canvas | None = None) -> None:
         if place.stage is not None:
-            self._count(place.stage, place.priority, place.canvas, -1)
+            key = (place.stage, place.priority, place.canvas)
+            self._total -= 1
+            if self._counts[key] > 1:
+                self._counts[key] -= 1
+            else:
+                del self._counts[key]
         place.stage, place.canvas = stage, canvas
         if stage is not None:
-            self._count(stage, place.priority, canvas, 1)
+            self._total += 1
+            self._counts[stage, place.priority, canvas] += 1
         if stage == "running" and canvas is not None:
             self._dispatched_s = self._clock()
             if place.priority == "interactive":
                 self._take_interactive(self._batch_s(canvas, self._max_batch_size) / self._max_batch_size)
-
-    def _count(self, stage: Stage, priority: Priority, canvas: Canvas | None, change: int) -> None:
-        key = (stage, priority, canvas)
-        count = self._counts[key] + change
-        if count:
-            self._counts[key] = count
-        else:
-            del self._counts[key]
-        self._total += change
-        if stage != "running":
-            self._waiting[priority] += change
-        if stage == "uploading":
-            self._uploading += change
 
     def _decoding_begins(self) -> tuple[float, float]:
         """When, and how many times as long as alone it will take, since the threads have others to decode as well."""

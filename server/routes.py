@@ -44,7 +44,7 @@ def build_detect(service: Service) -> Endpoint:
         check_media_type(request.headers)
         length = body_length(request.headers, settings.max_body_bytes)
         request.state.priority = priority(request.headers)
-        with service.admission.admit(deadline_s, request.state.priority, length) as ticket, served.used():
+        with served.used(), service.admission.admit(deadline_s, request.state.priority, length) as ticket:
             try:
                 async with asyncio.timeout(deadline_s - service.clock()):
                     return await _detect(service, served, request, options, deadline_s, ticket)
