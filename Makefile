@@ -53,7 +53,7 @@ serve: $(SERVING) $(NATIVE) ## serve the embedded model at http://localhost:8000
 	$(BIN)/ddetr serve --port $(PORT) $(if $(HOST),--host $(HOST))
 
 # What computes goes two at a time, each in one thread; what measures time has the machine for itself.
-COMPUTING := $(addprefix tests/,bundle export models parity plugins runtime samples training)
+COMPUTING := $(addprefix tests/,bundle cli export fuzz models parity plugins runtime samples training)
 
 test: $(READY) $(NATIVE) ## run the tests (ARGS="tests/server -k batcher")
 ifdef ARGS
