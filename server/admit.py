@@ -108,49 +108,54 @@ class Admission:
         ticket.places.append(self._line.enter(priority, 0))
         return ticket
 
-    def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> None:
-        """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it."""
-        refusal = self._refusal(ticket, images, more_images, more_bytes)
-        if refusal is not None and refusal[0] is QueueFull and self._show_slow_readers_out(ticket):
-            refusal = self._refusal(ticket, images, more_images, more_bytes)
-        if refusal is not None:
-            kind, message, wait_s = refusal
-            rate = self._estimate.rate(self._max_batch_size)
-            # At the door nobody knows how many images a request has: as many as others have had.
-            promised = max(images, self._images_a_request)
-            raise kind(message, self._promises.retry_after_s(ticket.priority, wait_s, promised, rate))
+    def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> float:
+        """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it.
 
-    def _read(self, images: int) -> None:
-        """A request turned out to have so many images."""
-        self._images_a_request += _NEWEST_SHARE * (images - self._images_a_request)
+        Returns the seconds in which these would be done; 0 if nothing is known, or nobody is ahead.
+        """
+        full = self._full(ticket, more_images, more_bytes)
+        if full is not None and self._show_slow_readers_out(ticket):
+            full = self._full(ticket, more_images, more_bytes)
+        if full is not None:
+            wait_s = self._line.finish_s(ticket.priority, 0, with_readers=True)
+            raise QueueFull(full, self._retry_after_s(ticket, images, wait_s))
+        # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
+        ahead = self._line.ahead_of(ticket.places)
+        if not (ahead and images):
+            return 0.0
+        predicted_s = self._line.finish_s(ticket.priority, images, with_readers=not ticket.places)
+        needed_s = predicted_s * self._line.margin(ticket.priority)
+        left_s = ticket.deadline_s - self._clock()
+        if needed_s > left_s:
+            message = f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left"
+            raise DeadlineUnmeetable(message, self._retry_after_s(ticket, images, needed_s - left_s))
+        return predicted_s
 
-    def _refusal(
-        self, ticket: "Ticket", images: int, more_images: int, more_bytes: int
-    ) -> tuple[type[QueueFull | DeadlineUnmeetable], str, float] | None:
-        """Why not, and after how many seconds it may be otherwise."""
-        line, limits, priority = self._line, self.limits, ticket.priority
+    def _full(self, ticket: "Ticket", more_images: int, more_bytes: int) -> str | None:
+        """Why there is no room, or None."""
+        line, limits = self._line, self.limits
         bounds = [
             (line.waiting(), "images are waiting", limits.images, more_images),
             (line.held_bytes(), "bytes are held", limits.queued_bytes, more_bytes),
         ]
-        if priority == "batch":
+        if ticket.priority == "batch":
             bounds += [
                 (line.waiting("batch"), "images of batch work are waiting", limits.images_of("batch"), more_images),
                 (line.held_bytes("batch"), "bytes of batch work are held", limits.bytes_of("batch"), more_bytes),
             ]
         for held, what, most, more in bounds:
             if held + more > most:
-                message = f"{held} {what} and {most} may: no place for {more} more"
-                return QueueFull, message, line.finish_s(priority, 0, with_readers=True)
-        # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
-        ahead = line.ahead_of(ticket.places)
-        if ahead and images:
-            needed_s = line.bound_s(priority, images, with_readers=not ticket.places)
-            left_s = ticket.deadline_s - self._clock()
-            if needed_s > left_s:
-                message = f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left"
-                return DeadlineUnmeetable, message, needed_s - left_s
+                return f"{held} {what} and {most} may: no place for {more} more"
         return None
+
+    def _retry_after_s(self, ticket: "Ticket", images: int, wait_s: float) -> int:
+        rate = self._estimate.rate(self._max_batch_size)
+        # At the door nobody knows how many images a request has: as many as others have had.
+        return self._promises.retry_after_s(ticket.priority, wait_s, max(images, self._images_a_request), rate)
+
+    def _read(self, images: int) -> None:
+        """A request turned out to have so many images."""
+        self._images_a_request += _NEWEST_SHARE * (images - self._images_a_request)
 
     def _show_slow_readers_out(self, needed_by: "Ticket") -> bool:
         """Whether there were any; batch work does not show out interactive work."""
@@ -226,11 +231,10 @@ class Ticket:
         Raises QueueFull or DeadlineUnmeetable: how many images there are was not known at the door.
         """
         more = len(sizes) - len(self.places)
-        self._admission._let_in(self, images=len(sizes), more_images=more, more_bytes=0)
+        predicted_s = self._admission._let_in(self, images=len(sizes), more_images=more, more_bytes=0)
+        # Alone, how long it takes says nothing of how good predictions are.
+        self._predicted = (self._clock(), predicted_s) if predicted_s else None
         self._admission._read(len(sizes))
-        if self._line.ahead_of(self.places):  # alone, how long it takes says nothing of how good predictions are
-            predicted_s = self._line.finish_s(self.priority, len(sizes), with_readers=False)
-            self._predicted = (self._clock(), predicted_s) if predicted_s else None
         self.places += [self._line.enter(self.priority, 0) for _ in range(more)]
         for place, size in zip(self.places, sizes, strict=True):
             place.read(size, keep=keep)

@@ -21,10 +21,12 @@ class Part:
     answer: RawDetections | BaseException
 
 
-def infer_each(infer: Infer, images: Sequence[Pixels], blank: Pixels, first_slot: int = 0) -> Iterator[Part]:
+def infer_each(
+    infer: Infer, images: Sequence[Pixels], blank: Callable[[], Pixels], first_slot: int = 0
+) -> Iterator[Part]:
     """Run `images` as one batch; where the engine raises, by halves, until an image that it cannot take stands alone.
 
-    After every failure the engine is asked for a blank picture: if it raises on that too, all are told EngineDied.
+    After every failure the engine is asked for a `blank` picture: if it raises on that too, all are told EngineDied.
     """
     answer: RawDetections | BaseException | None
     try:
@@ -34,7 +36,7 @@ def infer_each(infer: Infer, images: Sequence[Pixels], blank: Pixels, first_slot
     try:
         if isinstance(answer, BaseException):
             try:
-                infer([blank])
+                infer([blank()])
             except BaseException as error:
                 raise EngineDied(f"{_describe(answer)}; on a blank picture: {_describe(error)}") from answer
             if len(images) > 1:

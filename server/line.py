@@ -3,7 +3,7 @@
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from bundle import Canvas
 from server.batch_queue import MOST_PASSED_OVER, Priority
@@ -35,7 +35,9 @@ class Line:
         self._decode_threads = decode_threads
         self._clock = clock
         self._counts: Counter[tuple[Stage, Priority, Canvas | None]] = Counter()  # without zeros
-        self._total = 0  # of these
+        # Sums of these, which every request asks for several times.
+        self._total = 0
+        self._at: dict[Stage, int] = dict.fromkeys(get_args(Stage), 0)
         self._bytes: Counter[Priority] = Counter()
         self._expected: deque[tuple[float, Place]] = deque()  # since when
         self._dispatched_s = clock()
@@ -57,9 +59,9 @@ class Line:
 
     def waiting(self, priority: Priority | None = None) -> int:
         """Images not yet with an engine, of one lane or of both."""
-        return sum(
-            count for (stage, lane, _), count in self._counts.items() if stage != "running" and priority in (None, lane)
-        )
+        if priority is None:
+            return self._total - self._at["running"]
+        return sum(count for (stage, lane, _), count in self._counts.items() if stage != "running" and lane == priority)
 
     def held_bytes(self, priority: Priority | None = None) -> int:
         """Bytes of uploads not yet decoded, and of bodies on their way, of one lane or of both."""
@@ -67,7 +69,7 @@ class Line:
 
     def decoding(self) -> int:
         """Images with a decoding thread, or waiting for one."""
-        return sum(count for (stage, _, _), count in self._counts.items() if stage == "decoding")
+        return self._at["decoding"]
 
     def enter(self, priority: Priority, held_bytes: int) -> "Place":
         """A place for one image whose body has not been read."""
@@ -79,13 +81,13 @@ class Line:
         """Images of others that an engine has or will soon have."""
         self._give_up_expecting()
         own = sum(place.stage not in (None, "uploading") for place in places)
-        return sum(count for (stage, _, _), count in self._counts.items() if stage != "uploading") - own
+        return self._total - self._at["uploading"] - own
 
-    def bound_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
-        """As `finish_s`, with the margin that answers of late have needed: nearly all come sooner."""
+    def margin(self, priority: Priority) -> float:
+        """What to multiply `finish_s` by, as answers of late have needed it: nearly all come sooner then."""
         if self._ratios[priority] and self._learnt_s[priority] <= self._clock() - _LEARN_EVERY_S:
             self._learn_margin(priority)
-        return self.finish_s(priority, images, with_readers=with_readers) * self._margins[priority]
+        return self._margins[priority]
 
     def finish_s(self, priority: Priority, images: int, *, with_readers: bool) -> float:
         """Seconds until `images` more would be done; 0 if nothing is known yet.
@@ -189,6 +191,7 @@ class Line:
         if place.stage is not None:
             key = (place.stage, place.priority, place.canvas)
             self._total -= 1
+            self._at[place.stage] -= 1
             if self._counts[key] > 1:
                 self._counts[key] -= 1
             else:
@@ -196,6 +199,7 @@ class Line:
         place.stage, place.canvas = stage, canvas
         if stage is not None:
             self._total += 1
+            self._at[stage] += 1
             self._counts[stage, place.priority, canvas] += 1
         if stage == "running" and canvas is not None:
             self._dispatched_s = self._clock()

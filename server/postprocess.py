@@ -3,8 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from server.engine import RawImageDetections
 
 
@@ -31,16 +29,16 @@ def postprocess(
 
     `wanted_ids` are the category ids to keep; None keeps all. What lies outside the picture altogether is no detection.
     """
-    kept = (raw.scores >= threshold).nonzero()[0]
-    scores, labels = raw.scores[kept], raw.labels[kept]
-    boxes = np.minimum(np.maximum(raw.boxes[kept], 0), 1) * np.array((width, height, width, height), np.float64)
-    order = (-scores).argsort(kind="stable")
+    # Few are kept: number by number costs less than numpy's calls do for arrays this small.
+    kept = (raw.scores >= threshold).nonzero()[0].tolist()
+    score_of, label_of = raw.scores.item, raw.labels.item
     found = []
-    for label, score, (x0, y0, x1, y1) in zip(
-        labels[order].tolist(), scores[order].tolist(), boxes[order].tolist(), strict=True
-    ):
+    for index in sorted(kept, key=score_of, reverse=True):
+        label = label_of(index)
+        x0, y0, x1, y1 = [0.0 if side < 0 else 1.0 if side > 1 else side for side in raw.boxes[index].tolist()]
         if x1 > x0 and y1 > y0 and (wanted_ids is None or label in wanted_ids):
-            found.append(Detection(categories.get(label, str(label)), label, score, (x0, y0, x1, y1)))
+            box = (x0 * width, y0 * height, x1 * width, y1 * height)
+            found.append(Detection(categories.get(label, str(label)), label, score_of(index), box))
             if len(found) == max_detections:
                 break
     return found

@@ -113,7 +113,7 @@ class Runner:
         inputs = [prepared] if len(entries) == len(batch.entries) else []  # of all the images, for the first call
         infer = partial(self._infer, batch.canvas, inputs)
         try:
-            for part in infer_each(infer, [entry.image.pixels for entry in entries], blank(batch.canvas)):
+            for part in infer_each(infer, [entry.image.pixels for entry in entries], partial(blank, batch.canvas)):
                 report(Answered(entries[part.slots], part.answer, self._seconds))
         except EngineDied:
             self.out_of_service = True

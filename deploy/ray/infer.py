@@ -75,7 +75,7 @@ class Infer:
         images, canvas = unpack(row)
         results: list[dict[str, Any]] = []
         try:
-            for part in infer_each(partial(self._infer, canvas), images, blank(canvas)):
+            for part in infer_each(partial(self._infer, canvas), images, partial(blank, canvas)):
                 for slot in range(part.slots.start, part.slots.stop):
                     if isinstance(part.answer, RawDetections):
                         results.append(self._found(row, slot, part.answer, slot - part.slots.start))

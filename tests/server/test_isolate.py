@@ -10,7 +10,10 @@ from server.preprocess import Pixels
 from tests.server.fake_engine import POISON, FakeEngine
 
 CANVAS = Canvas(height=64, width=96)
-BLANK = np.zeros((64, 96, 3), np.uint8)
+
+
+def black() -> Pixels:
+    return np.zeros((64, 96, 3), np.uint8)
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def grey(level: int) -> Pixels:
 def answers(engine: FakeEngine, levels: Sequence[int]) -> dict[int, RawDetections | BaseException]:
     """By slot."""
     found = {}
-    for part in infer_each(lambda images: run_engine(engine, images, CANVAS), [grey(level) for level in levels], BLANK):
+    for part in infer_each(lambda images: run_engine(engine, images, CANVAS), [grey(level) for level in levels], black):
         for slot in range(part.slots.start, part.slots.stop):
             assert slot not in found
             found[slot] = part.answer
@@ -80,7 +83,7 @@ def test_what_was_found_before_an_engine_dies_is_not_lost(engine: FakeEngine) ->
     with pytest.raises(EngineDied):
         parts.extend(
             infer_each(
-                lambda images: run_engine(engine, images, CANVAS), [grey(1), grey(1), grey(POISON), grey(1)], BLANK
+                lambda images: run_engine(engine, images, CANVAS), [grey(1), grey(1), grey(POISON), grey(1)], black
             )
         )
     assert [part.slots for part in parts] == [slice(0, 2)]

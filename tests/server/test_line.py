@@ -188,11 +188,7 @@ def test_decoding_is_learnt_from_what_it_takes_beside_others() -> None:
 
 def test_margins_are_learnt_by_lane() -> None:
     hall = Hall()
-
-    def margin(priority: Priority) -> float:
-        bound_s = hall.line.bound_s(priority, 1, with_readers=True)
-        return bound_s / hall.finish_s(priority=priority)
-
+    margin = hall.line.margin
     assert margin("interactive") == margin("batch") == 2.0
     for _ in range(200):
         hall.line.observe("interactive", 1.0, 0.9)
