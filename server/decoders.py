@@ -109,7 +109,7 @@ class Decoders:
             large = header.slow or peak_bytes(header) > SMALL_BYTES
             return _Large(header) if large else then(decode_pixels(header))
 
-        result = await self.run(decode_small)
+        result = await self._small.run(partial(self._progress.watch, decode_small))
         if not isinstance(result, _Large):
             return result
         header = result.header
@@ -128,10 +128,6 @@ class Decoders:
         decoded = self._large.submit(self._large_progress.watch, decode_large)
         decoded.add_done_callback(give_back)  # maybe long after the caller has given up
         return await asyncio.wrap_future(decoded)
-
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`function` in a thread of those for small pictures."""
-        return await asyncio.wrap_future(self._small.submit(self._progress.watch, partial(function, *args, **kwargs)))
 
     def stop(self) -> None:
         """End the threads once their work is done, without waiting for it."""

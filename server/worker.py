@@ -1,5 +1,6 @@
 """Threads of our own: one that does one thing at a time, or some that share what there is to do."""
 
+import asyncio
 import queue
 import threading
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,7 +22,7 @@ class Worker:
     """
 
     def __init__(self, name: str, threads: int = 1) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any] | _Reply[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         names = [name] if threads == 1 else [f"{name}-{index}" for index in range(threads)]
         self._threads = [_Thread(target=self._work, name=each, daemon=True) for each in names]
         for thread in self._threads:
@@ -32,6 +33,12 @@ class Worker:
         future: Future[T] = Future()
         self._calls.put((future, partial(function, *args, **kwargs)))
         return future
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The same for an event loop, which goes on meanwhile. If the caller is cancelled first, no call is made."""
+        reply: _Reply[T] = _Reply()
+        self._calls.put((reply, function))
+        return await reply.future
 
     def stop(self, *, cancel: bool = False) -> None:
         """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made."""
@@ -59,6 +66,37 @@ class Worker:
             del call  # holds the batch's images
 
 
+class _Reply(Generic[T]):
+    """Where a thread puts what a call comes to, for the event loop that it was made from.
+
+    A `concurrent.futures.Future` that asyncio wraps costs the loop twice as much, and is two futures.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] = self._loop.create_future()
+
+    def set_running_or_notify_cancel(self) -> bool:
+        return not self.future.cancelled()
+
+    def set_result(self, result: T) -> None:
+        self._post(self.future.set_result, result)
+
+    def set_exception(self, error: BaseException) -> None:
+        self._post(self.future.set_exception, error)
+
+    def cancel(self) -> None:
+        self._post(lambda _: self.future.cancel(), None)
+
+    def _post(self, end: Callable[[Any], object], value: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._end, end, value)
+
+    def _end(self, end: Callable[[Any], object], value: object) -> None:
+        if not self.future.done():
+            end(value)
+
+
 class _Thread(threading.Thread):
     """One of a worker's, to tell it from others."""
 
@@ -72,7 +110,7 @@ def still_at_work(patience_s: float) -> list[str]:
     return [thread.name for thread in threads if thread.is_alive()]
 
 
-def _call(future: Future[T], function: Callable[[], T]) -> None:
+def _call(future: Future[T] | _Reply[T], function: Callable[[], T]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
