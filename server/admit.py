@@ -2,13 +2,11 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, get_args
-
-from starlette.datastructures import Headers
 
 from server.batch_queue import Priority
 from server.errors import (
@@ -267,7 +265,7 @@ class Ticket:
         self.leave()
 
 
-def priority(headers: Headers) -> Priority:
+def priority(headers: Mapping[str, str]) -> Priority:
     """The lane that the caller's X-Priority asks for."""
     given = headers.get("x-priority", "interactive")
     for lane in get_args(Priority):
@@ -276,7 +274,7 @@ def priority(headers: Headers) -> Priority:
     raise BadParameter(f"X-Priority: {given[:100]!r} is neither {' nor '.join(get_args(Priority))}")
 
 
-def timeout_ms(headers: Headers, default_timeout_ms: float) -> float:
+def timeout_ms(headers: Mapping[str, str], default_timeout_ms: float) -> float:
     """The caller's X-Timeout-Ms, or the default."""
     given = headers.get("x-timeout-ms")
     if given is None:
@@ -290,7 +288,7 @@ def timeout_ms(headers: Headers, default_timeout_ms: float) -> float:
     return value
 
 
-def body_length(headers: Headers, max_body_bytes: int) -> int | None:
+def body_length(headers: Mapping[str, str], max_body_bytes: int) -> int | None:
     """The bytes that a body says it has. Raises BodyTooLarge."""
     given = headers.get("content-length", "")
     if not (given.isascii() and given.isdigit()):

@@ -1,9 +1,7 @@
 """A request's body: it is taken apart while it comes in, and of what comes only the image files are kept."""
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, Callable, Mapping
 from typing import Protocol
-
-from starlette.datastructures import Headers
 
 from server.base64_json import Base64Json
 from server.errors import BodyTooLarge, ImageError, ImageMislabelled, MediaTypeUnsupported
@@ -37,7 +35,7 @@ class Reader(Protocol):
 
 async def read_images(
     chunks: AsyncIterable[bytes],
-    headers: Headers,
+    headers: Mapping[str, str],
     max_images: int,
     max_body_bytes: int,
     received: Callable[[int], None] = lambda _: None,
@@ -74,7 +72,7 @@ async def _read(
         write(chunk)
 
 
-def check_media_type(headers: Headers) -> None:
+def check_media_type(headers: Mapping[str, str]) -> None:
     """Refuse, before the body is read, what could not be taken apart."""
     if len(headers.get("content-type", "")) > _LONGEST_TYPE:
         raise MediaTypeUnsupported(f"a content type of more than {_LONGEST_TYPE} characters")
@@ -86,7 +84,7 @@ def check_media_type(headers: Headers) -> None:
         raise MediaTypeUnsupported(f"content encoding {encoding[:100]!r}: send the body as it is")
 
 
-def reader_for(headers: Headers, max_images: int) -> Reader:
+def reader_for(headers: Mapping[str, str], max_images: int) -> Reader:
     """By the media type, which `check_media_type` has let pass. Raises BadBody for a form without a boundary."""
     media_type = _media_type(headers)
     if media_type == "multipart/form-data":
@@ -109,7 +107,7 @@ class _Raw:
         return [data if isinstance(data, ImageError) else _check_label(data, self._media_type)]
 
 
-def _media_type(headers: Headers) -> str:
+def _media_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -7,12 +7,11 @@ import hashlib
 import hmac
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from pydantic import SecretStr
-from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,7 +55,7 @@ class ApiKeys:
         """Whether a request needs a key."""
         return bool(self._digests)
 
-    def check(self, headers: Headers, basic: bool = True) -> None:
+    def check(self, headers: Mapping[str, str], basic: bool = True) -> None:
         """Raise Unauthorized unless `Authorization: Bearer KEY`, `X-API-Key: KEY` or Basic's password is a key."""
         if not self._digests:
             return
@@ -115,7 +114,7 @@ class Gate:
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             try:
-                self._check(path, Headers(scope=scope))
+                self._check(path, scope["state"]["headers"])
             except (Unauthorized, AdminDisabled) as error:
                 response = await self._refuse(Request(scope), error)
                 if _is_page(path):
@@ -124,7 +123,7 @@ class Gate:
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, headers: Mapping[str, str]) -> None:
         if path.startswith(ADMIN_FOLDER):
             if not self._admin_keys.required:
                 raise AdminDisabled(f"{ADMIN_FOLDER} is closed: set admin_keys (DDETR_ADMIN_KEYS) to open it")
@@ -137,7 +136,7 @@ def _is_page(path: str) -> bool:
     return path in PAGES or path.startswith(PAGES_FOLDER)
 
 
-def _given(headers: Headers, basic: bool) -> bytes:
+def _given(headers: Mapping[str, str], basic: bool) -> bytes:
     """The key that came along, or nothing. Headers were read as Latin-1; this gives their bytes back."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic" and "x-api-key" not in headers:  # what a browser sends with all it asks for

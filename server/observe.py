@@ -3,10 +3,9 @@
 import logging
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,7 +25,7 @@ _LONGEST_PATH = 200
 
 
 class Observe:
-    """ASGI middleware. Puts `request_id` and `arrived_s` (by `clock`) into the request's state.
+    """ASGI middleware. Puts `request_id`, `arrived_s` (by `clock`) and `headers` into the request's state.
 
     In the state it finds afterwards what the stages knew: `images`, `images_failed`, `priority`, `batch_size`, `times`,
     `error_code`, and as `cause` the exception behind an error of ours. `paths` are the routes; all
@@ -53,10 +52,10 @@ class Observe:
             await self._app(scope, receive, send)
             return
         arrived_s = self._clock()
-        headers = Headers(scope=scope)
+        headers = _by_name(scope["headers"])
         request_id = _request_id(headers)
         state = scope.setdefault("state", {})
-        state.update(request_id=request_id, arrived_s=arrived_s)
+        state.update(request_id=request_id, arrived_s=arrived_s, headers=headers)
         route = self._known_route(scope)
         span = self._tracing.begin(scope, headers) if self._tracing is not None and route not in _PROBES else None
         status = bytes_in = bytes_out = 0
@@ -127,13 +126,18 @@ def log_refusal(client: tuple[str, int] | None, status: int, error_code: str) ->
     logger.warning("no request %d", status, extra={"fields": fields})
 
 
-def _request_id(headers: Headers) -> str:
+def _by_name(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers by their names, in lower case; of several of a name the first."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(list(headers))}
+
+
+def _request_id(headers: Mapping[str, str]) -> str:
     """The caller's, if it can stand in a header and a log line; else a new one."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def _trace_id(headers: Headers) -> str | None:
+def _trace_id(headers: Mapping[str, str]) -> str | None:
     """The trace that the caller says the request belongs to."""
     found = _TRACE_PARENT.match(headers.get("traceparent", ""))
     return found[1] if found else None

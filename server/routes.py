@@ -36,15 +36,17 @@ def build_detect(service: Service) -> Endpoint:
 
     async def detect(request: Request) -> Response:
         """Send one or more images; get the boxes, classes and scores of what is in them."""
-        arrived_s: float = request.state.arrived_s
+        state = request.state
+        headers: Mapping[str, str] = state.headers
+        arrived_s: float = state.arrived_s
         options = parse_options(request.query_params.multi_items()) if request.scope["query_string"] else _ALL_DEFAULTS
         served = service.served
         category_ids(options.classes, served.manifest.categories)  # unknown ones are refused before the body is read
-        deadline_s = arrived_s + timeout_ms(request.headers, settings.default_timeout_ms) / 1e3
-        check_media_type(request.headers)
-        length = body_length(request.headers, settings.max_body_bytes)
-        request.state.priority = priority(request.headers)
-        with served.used(), service.admission.admit(deadline_s, request.state.priority, length) as ticket:
+        deadline_s = arrived_s + timeout_ms(headers, settings.default_timeout_ms) / 1e3
+        check_media_type(headers)
+        length = body_length(headers, settings.max_body_bytes)
+        state.priority = priority(headers)
+        with served.used(), service.admission.admit(deadline_s, state.priority, length) as ticket:
             try:
                 async with asyncio.timeout(deadline_s - service.clock()):
                     return await _detect(service, served, request, options, deadline_s, ticket)
@@ -118,15 +120,16 @@ def build_metrics_router(metrics: Metrics) -> APIRouter:
 async def _detect(
     service: Service, served: Served, request: Request, options: DetectOptions, deadline_s: float, ticket: Ticket
 ) -> Response:
+    state = request.state
     async with ticket.reading():
         most, max_body_bytes = service.most_images(ticket.priority), service.settings.max_body_bytes
-        uploads = await read_images(request.stream(), request.headers, most, max_body_bytes, ticket.received)
+        uploads = await read_images(request.stream(), state.headers, most, max_body_bytes, ticket.received)
     if options.format == "image" and len(uploads) != 1:
         raise BadParameter(f"format: 'image' takes one image, not {len(uploads)}")
     to_draw = uploads[0] if options.format == "image" else None
     ticket.read([len(upload) if isinstance(upload, bytes) else 0 for upload in uploads], keep=to_draw is not None)
-    arrived_s: float = request.state.arrived_s
-    request.state.images = len(uploads)
+    arrived_s: float = state.arrived_s
+    state.images = len(uploads)
     work = service.detect(uploads, options, deadline_s, ticket, served, arrived_s)
     del uploads  # each is let go as soon as it is decoded
     outcomes = await while_connected(request.receive, work)
@@ -134,7 +137,7 @@ async def _detect(
         if isinstance(outcome, ServiceError):
             service.metrics.images.labels(outcome.code).inc()
             if outcome.status == 500:
-                request.state.cause = outcome.__cause__
+                state.cause = outcome.__cause__
     check_outcomes(outcomes)
 
     media_type = "application/json"
@@ -144,16 +147,16 @@ async def _detect(
     elif options.format == "coco":
         content = coco_body(outcomes, served.manifest.categories)
     else:
-        content = json_body(outcomes, served.manifest, options, request.state.request_id)
+        content = json_body(outcomes, served.manifest, options, state.request_id)
     answers = [outcome for outcome in outcomes if isinstance(outcome, ImageAnswer)]
     times = until_answered([answer.times for answer in answers], (service.clock() - arrived_s) * 1e3)
     for each in times:
         service.metrics.observe_image(each)
     if len(answers) < len(outcomes):
-        request.state.images_failed = len(outcomes) - len(answers)
-    request.state.batch_size = max(answer.batch_size for answer in answers)
-    request.state.times = slowest(times)
-    return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(request.state.times)})
+        state.images_failed = len(outcomes) - len(answers)
+    state.batch_size = max(answer.batch_size for answer in answers)
+    state.times = slowest(times)
+    return Response(content, media_type=media_type, headers={"Server-Timing": server_timing(state.times)})
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from server.timing import STAGES, StageTimes
@@ -35,7 +34,7 @@ class Tracing:
         self._tracer = provider.get_tracer("ddetr")
         self._extract = extract
 
-    def begin(self, scope: Scope, headers: Headers) -> "RequestSpan":
+    def begin(self, scope: Scope, headers: Mapping[str, str]) -> "RequestSpan":
         """A request has arrived just now. Its span belongs to the caller's trace, if `traceparent` names one."""
         from opentelemetry.trace import SpanKind
 
