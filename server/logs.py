@@ -28,6 +28,8 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
+_SOURCE_FILE = logging._srcfile
+
 _GATHER_S = 0.02
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
 
@@ -149,6 +151,7 @@ def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None =
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    _find_out(False)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     return handler
@@ -159,7 +162,18 @@ def close_log(handler: QueuedHandler) -> None:
     logging.getLogger().removeHandler(handler)
     handler.close()
     logging.captureWarnings(False)
+    _find_out(True)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
+
+
+def _find_out(wanted: bool) -> None:
+    """Whether records know their line of code, thread and process: no line of the log says it, and each pays for it.
+
+    Python's own switches, see its "Logging HOWTO", "Optimization".
+    """
+    logging._srcfile = _SOURCE_FILE if wanted else None
+    for fact in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
+        setattr(logging, fact, wanted)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

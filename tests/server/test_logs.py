@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -97,6 +98,27 @@ def test_only_the_level_asked_for_and_above() -> None:
         logger.info("quiet")
         logger.warning("loud")
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["loud"]
+
+
+def test_what_no_line_says_is_not_found_out_and_is_again_afterwards() -> None:
+    said: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record)
+        return True
+
+    logger.addFilter(keep)
+    try:
+        handler = open_log("info", "json", io.StringIO())
+        logger.error("one")
+        close_log(handler)
+        logger.error("two")
+    finally:
+        logger.removeFilter(keep)
+    inside, outside = said
+    assert (inside.thread, inside.process, inside.funcName) == (None, None, "(unknown function)")
+    assert (outside.thread, outside.process) == (threading.get_ident(), os.getpid())
+    assert outside.funcName.startswith("test_what_no_line")
 
 
 def test_warnings_and_what_ends_a_thread_are_logged() -> None:
