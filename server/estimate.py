@@ -39,13 +39,16 @@ class Estimate:
     def observe(self, canvas: Canvas, images: int, seconds: float) -> None:
         """A batch of `images` images of `canvas` took `seconds` in one engine."""
         batches = self._batches.setdefault(canvas, deque(maxlen=_WINDOW))
+        changed = {images, batches[0][0]} if len(batches) == _WINDOW else {images}  # the oldest makes room
         batches.append((images, seconds))
-        by_size: dict[int, list[float]] = {}
-        for size, took_s in reversed(batches):
-            newest = by_size.setdefault(size, [])
-            if len(newest) < _NEWEST:
-                newest.append(took_s)
-        self._typical[canvas] = {size: statistics.median(by_size[size]) for size in sorted(by_size)}
+        typical = self._typical.get(canvas, {})
+        for size in changed:
+            newest = [took_s for each, took_s in batches if each == size][-_NEWEST:]
+            if newest:
+                typical[size] = statistics.median(newest)
+            else:
+                del typical[size]
+        self._typical[canvas] = dict(sorted(typical.items()))
 
     def observe_decoding(self, canvas: Canvas, seconds: float) -> None:
         """An image has taken a decoding thread `seconds`, and is found to need `canvas`."""

@@ -123,17 +123,16 @@ def error_content(code: str, message: str) -> dict[str, Any]:
 
 def convert_box(box_xyxy_px: Box, box_format: BoxFormat, units: Units, width: int, height: int) -> list[float]:
     """The box in the caller's format and units, rounded."""
-    x0, y0, x1, y1 = box_xyxy_px
+    left, top, right, bottom = box_xyxy_px
     steps = _PIXEL_STEPS
     if units == "normalized":
-        x0, y0, x1, y1 = x0 / width, y0 / height, x1 / width, y1 / height
+        left, top, right, bottom = left / width, top / height, right / width, bottom / height
         steps = _NORMALIZED_STEPS
-    box = [x0, y0, x1, y1]
     if box_format == "xywh":
-        box = [x0, y0, x1 - x0, y1 - y0]
+        right, bottom = right - left, bottom - top
     elif box_format == "cxcywh":
-        box = [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
-    return [int(value * steps + 0.5) / steps for value in box]
+        left, top, right, bottom = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+    return [_round(left, steps), _round(top, steps), _round(right, steps), _round(bottom, steps)]
 
 
 def _round(value: float, steps: float) -> float:

@@ -39,4 +39,4 @@ def until_answered(times: Sequence[StageTimes], request_ms: float) -> list[Stage
 
 def server_timing(times: StageTimes) -> str:
     """The value of the Server-Timing header."""
-    return ", ".join(f"{stage};dur={getattr(times, stage):.2f}" for stage in STAGES)
+    return ", ".join([f"{stage};dur={ms:.2f}" for stage, ms in zip(STAGES, times, strict=True)])
