@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from bundle import BundleError
 from server.admin import build_admin_router
@@ -19,7 +21,7 @@ from server.head import Head
 from server.keys import ApiKeys, Gate
 from server.metrics import Metrics
 from server.metrics_port import listening
-from server.observe import Observe
+from server.observe import Observe, internal_error
 from server.page import build_page_router
 from server.routes import (
     DETECT_PATH,
@@ -133,6 +135,11 @@ def _dress(
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
         return http_error_response(request, error)
 
+    @app.exception_handler(Exception)
+    async def answer_unforeseen(request: Request, _: Exception) -> Response:  # which goes on to `Observe`
+        return internal_error(request.state.request_id)
+
+    app.build_middleware_stack = partial(_build_layers, app)  # type: ignore[method-assign]
     # From the inside to the outside.
     if detect is not None:
         app.add_middleware(Shortcut, path=DETECT_PATH, endpoint=detect, explain=answer_service_error)
@@ -141,6 +148,15 @@ def _dress(
         Gate, keys=keys, admin_keys=admin_keys, refuse=answer_service_error, open_pages=service.settings.open_pages
     )
     app.add_middleware(Observe, metrics=service.metrics, clock=service.clock, paths=paths, tracing=tracing)
+
+
+def _build_layers(app: FastAPI) -> ASGIApp:
+    """FastAPI's own layers inside of those that were added, not around them: what `Shortcut` answers passes none."""
+    added, app.user_middleware = app.user_middleware, []
+    outermost = FastAPI.build_middleware_stack(app)
+    for layer in reversed(added):
+        outermost = layer.cls(outermost, *layer.args, **layer.kwargs)
+    return outermost
 
 
 def _opened(settings: Settings, engine: Engine | Sequence[Engine] | OpenEngine | None, metrics: Metrics) -> Opened:

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import orjson
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.harden import harden
 from server.metrics import Metrics
+from server.respond import error_content
 from server.timing import STAGES, StageTimes
 from server.trace import Tracing
 
@@ -60,6 +63,7 @@ class Observe:
         route = self._known_route(scope)
         span = self._tracing.begin(scope, headers) if self._tracing is not None and route not in _PROBES else None
         status = bytes_in = bytes_out = 0
+        answered = False
         failure: BaseException | None = None
 
         async def observed_receive() -> Message:
@@ -69,7 +73,7 @@ class Observe:
             return message
 
         async def observed_send(message: Message) -> None:
-            nonlocal status, bytes_out
+            nonlocal status, bytes_out, answered
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = harden(message.get("headers", ()))
@@ -78,6 +82,7 @@ class Observe:
                     message["headers"].append((b"traceresponse", span.traceparent.encode()))
             else:
                 bytes_out += len(message.get("body", b""))
+                answered = not message.get("more_body", False)
             await send(message)
 
         if route == _MEASURED_ROUTE:
@@ -88,10 +93,11 @@ class Observe:
             status = _CLIENT_GONE
         except Exception as error:
             failure = error
-            if status:  # the answer has begun: only the connection's end can tell of the failure
+            if status and not answered:  # only the connection's end can tell of the failure
                 raise
             state["error_code"] = "internal"
-            await _send_internal_error(observed_send, request_id)
+            if not status:
+                await internal_error(request_id)(scope, receive, observed_send)
         finally:
             status = status or _CLIENT_GONE
             total_s = self._clock() - arrived_s
@@ -187,12 +193,8 @@ def _fields(scope: Scope, route: str, status: int, bytes_in: int, bytes_out: int
     return fields
 
 
-async def _send_internal_error(send: Send, request_id: str) -> None:
-    quoted = request_id.replace("\\", "\\\\").replace('"', '\\"').encode()
-    body = (
-        b'{"error":{"code":"internal","message":"an error of the server; its log has it under request id %s"},'
-        b'"request_id":"%s"}'
-    ) % (quoted, quoted)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def internal_error(request_id: str) -> Response:
+    """The answer to a request that met an error nobody foresaw."""
+    message = f"an error of the server; its log has it under request id {request_id}"
+    content = error_content("internal", message) | {"request_id": request_id}
+    return Response(orjson.dumps(content), 500, media_type="application/json")

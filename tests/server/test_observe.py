@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,48 @@ def test_an_error_nobody_foresaw_has_its_traceback_in_the_requests_line(
     assert (lines.last["request_id"], lines.last["level"], lines.last["error"]) == ('a"b', "error", "internal")
     assert "ZeroDivisionError" in lines.last["traceback"]
     assert "ZeroDivisionError" not in response.text
+
+
+def test_so_it_is_beyond_detection(client: TestClient, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.routes.gate_content", lambda *_: 1 / 0)
+    for method in ("GET", "HEAD"):
+        response = client.request(method, "/model", headers={"X-Request-Id": "a"})
+        assert (response.status_code, response.headers["x-request-id"]) == (500, "a")
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert (lines.last["status"], lines.last["level"], lines.last["error"]) == (500, "error", "internal")
+        assert "ZeroDivisionError" in lines.last["traceback"]
+        if method == "GET":
+            assert response.json() == {
+                "error": {"code": "internal", "message": response.json()["error"]["message"]},
+                "request_id": "a",
+            }
+        else:
+            assert response.content == b""
+    assert 'ddetr_requests_total{route="/model",status="500"} 2.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_error_after_the_answer_began_ends_the_connection_unless_it_is_whole(lines: Lines, whole: bool) -> None:
+    async def fail_late(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": not whole})
+        raise ZeroDivisionError
+
+    observe = Observe(fail_late, Metrics(), iter(range(100)).__next__, ["/model"])
+    scope = {"type": "http", "method": "GET", "path": "/model", "headers": [], "client": None}
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise NotImplementedError
+
+    with nullcontext() if whole else pytest.raises(ZeroDivisionError):
+        asyncio.run(observe(scope, receive, send))
+    assert len(sent) == 2
+    assert (lines.last["status"], lines.last["level"]) == (200, "error")
+    assert "ZeroDivisionError" in lines.last["traceback"]
 
 
 def test_an_engine_that_fails_has_its_traceback_in_the_requests_line(client: TestClient, lines: Lines) -> None:
