@@ -117,9 +117,11 @@ class Admission:
         if full is not None:
             wait_s = self._line.finish_s(ticket.priority, 0, with_readers=True)
             raise QueueFull(full, self._retry_after_s(ticket, images, wait_s))
+        if not images:
+            return 0.0
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
         ahead = self._line.ahead_of(ticket.places)
-        if not (ahead and images):
+        if not ahead:
             return 0.0
         predicted_s = self._line.finish_s(ticket.priority, images, with_readers=not ticket.places)
         needed_s = predicted_s * self._line.margin(ticket.priority)

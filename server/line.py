@@ -80,7 +80,7 @@ class Line:
     def ahead_of(self, places: Sequence["Place"]) -> int:
         """Images of others that an engine has or will soon have."""
         self._give_up_expecting()
-        own = sum(place.stage not in (None, "uploading") for place in places)
+        own = sum([place.stage not in (None, "uploading") for place in places])
         return self._total - self._at["uploading"] - own
 
     def margin(self, priority: Priority) -> float:
@@ -97,7 +97,7 @@ class Line:
         work also goes before what interactive work will come meanwhile, as much as of late.
         """
         self._give_up_expecting()
-        mix = self._estimate.mix()
+        batch_s, most, mix = self._batch_s, self._max_batch_size, self._estimate.mix()
         weight = 1.0 if priority == "interactive" else 1.0 / self._left_share()
         unknown, decoding, behind = images * weight, images, 0
         ahead: dict[Canvas, float] = {}
@@ -117,14 +117,16 @@ class Line:
                 unknown += weighted
             else:
                 ahead[canvas] = ahead.get(canvas, 0.0) + weighted
-        for canvas, share in mix.items():
-            ahead[canvas] = ahead.get(canvas, 0.0) + share * unknown
-        work_s = self._running_s(running) + sum(self._work_s(canvas, count) for canvas, count in ahead.items())
         own_s = filled_s = 0.0  # of the newcomer's own batch, the last: as it is, and filled up from the other lane
         for canvas, share in mix.items():
-            size = max(1.0, ahead[canvas] % self._max_batch_size or self._max_batch_size)
-            own_s += share * self._batch_s(canvas, size)
-            filled_s += share * self._batch_s(canvas, min(size + behind, self._max_batch_size))
+            ahead[canvas] = ahead_of_it = ahead.get(canvas, 0.0) + share * unknown
+            size = max(1.0, ahead_of_it % most or most)
+            size_s = batch_s(canvas, size)
+            own_s += share * size_s
+            filled_s += share * (batch_s(canvas, min(size + behind, most)) if behind else size_s)
+        work_s = self._running_s(running) if running else 0.0
+        for canvas, weighted in ahead.items():
+            work_s += self._work_s(canvas, weighted)
         engines_s = max(0.0, work_s - own_s) / self._estimate.engine_instances
         decoders_s = self._estimate.decode_s * max(1.0, decoding / self._decode_threads)
         return max(engines_s, decoders_s) + filled_s
@@ -176,12 +178,12 @@ class Line:
 
     def _running_s(self, running: dict[Canvas, int]) -> float:
         """Engine seconds left of what the engines have."""
-        if not running:
-            return 0.0
-        work_s = sum(self._work_s(canvas, count) for canvas, count in running.items())
+        work_s = longest_s = 0.0
+        for canvas, count in running.items():
+            work_s += self._work_s(canvas, count)
+            longest_s = max(longest_s, self._batch_s(canvas, min(count, self._max_batch_size)))
         # What was done since the newest batch was taken: of that one, and at least as much in every other engine.
-        batch_s = max(self._batch_s(canvas, min(count, self._max_batch_size)) for canvas, count in running.items())
-        done_s = min(self._clock() - self._dispatched_s, batch_s) * self._estimate.engine_instances
+        done_s = min(self._clock() - self._dispatched_s, longest_s) * self._estimate.engine_instances
         return max(0.0, work_s - done_s)
 
     def _batch_s(self, canvas: Canvas, images: float) -> float:
@@ -192,8 +194,9 @@ class Line:
             key = (place.stage, place.priority, place.canvas)
             self._total -= 1
             self._at[place.stage] -= 1
-            if self._counts[key] > 1:
-                self._counts[key] -= 1
+            left = self._counts[key] - 1
+            if left:
+                self._counts[key] = left
             else:
                 del self._counts[key]
         place.stage, place.canvas = stage, canvas

@@ -132,7 +132,13 @@ def convert_box(box_xyxy_px: Box, box_format: BoxFormat, units: Units, width: in
         right, bottom = right - left, bottom - top
     elif box_format == "cxcywh":
         left, top, right, bottom = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-    return [_round(left, steps), _round(top, steps), _round(right, steps), _round(bottom, steps)]
+    # `_round`, without its call: there may be hundreds of boxes.
+    return [
+        int(left * steps + 0.5) / steps,
+        int(top * steps + 0.5) / steps,
+        int(right * steps + 0.5) / steps,
+        int(bottom * steps + 0.5) / steps,
+    ]
 
 
 def _round(value: float, steps: float) -> float:
