@@ -23,6 +23,7 @@ class Worker:
 
     def __init__(self, name: str, threads: int = 1) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any] | _Reply[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._stopped = False
         names = [name] if threads == 1 else [f"{name}-{index}" for index in range(threads)]
         self._threads = [_Thread(target=self._work, name=each, daemon=True) for each in names]
         for thread in self._threads:
@@ -37,11 +38,13 @@ class Worker:
     async def run(self, function: Callable[[], T]) -> T:
         """The same for an event loop, which goes on meanwhile. If the caller is cancelled first, no call is made."""
         reply: _Reply[T] = _Reply()
-        self._calls.put((reply, function))
+        # In a moment, when the loop is about to wait for what comes next: a thread that is woken now finds Python busy.
+        reply.loop.call_soon(self._put, reply, function)
         return await reply.future
 
     def stop(self, *, cancel: bool = False) -> None:
         """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made."""
+        self._stopped = True
         with suppress(queue.Empty):
             while cancel:
                 call = self._calls.get_nowait()
@@ -60,6 +63,12 @@ class Worker:
         """Whether a thread has not ended."""
         return any(thread.is_alive() for thread in self._threads)
 
+    def _put(self, reply: "_Reply[Any]", function: Callable[[], Any]) -> None:
+        if self._stopped:
+            reply.future.cancel()
+        else:
+            self._calls.put((reply, function))
+
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             _call(*call)
@@ -73,8 +82,8 @@ class _Reply(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[T] = self._loop.create_future()
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] = self.loop.create_future()
 
     def set_running_or_notify_cancel(self) -> bool:
         return not self.future.cancelled()
@@ -90,7 +99,7 @@ class _Reply(Generic[T]):
 
     def _post(self, end: Callable[[Any], object], value: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._end, end, value)
+            self.loop.call_soon_threadsafe(self._end, end, value)
 
     def _end(self, end: Callable[[Any], object], value: object) -> None:
         if not self.future.done():

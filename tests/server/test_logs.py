@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.logs import LogFormat, QueuedHandler, close_log, open_log
+from server.logs import JsonForm, LogFormat, QueuedHandler, close_log, open_log
 
 logger = logging.getLogger("ddetr.test")
 FORGERY = 'x\n2026-01-01T00:00:00.000Z CRITICAL root: forged\r\n{"level":"critical"}\u2028\x1b[2J\x9b2J\x7f'
@@ -166,6 +166,41 @@ def test_a_reader_that_is_stuck_holds_nobody_up_and_gets_every_line_in_order() -
             log(str(index))  # would hang if it waited for the reader
         stream.gate.set()
     assert stream.getvalue().split() == [str(index) for index in range(2000)]
+
+
+def test_lines_with_fields_and_without_stay_in_order() -> None:
+    stream = Gated()
+    handler = QueuedHandler(stream)
+    handler.setFormatter(JsonForm())
+    for index in range(2000):
+        fields = {"fields": {"index": index}} if index % 3 else {}
+        handler.handle(logging.makeLogRecord({"msg": "%d", "args": (index,), "levelname": "INFO", **fields}))
+    stream.gate.set()
+    handler.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == [str(index) for index in range(2000)]
+    assert all(line.get("index", 0) == (index if index % 3 else 0) for index, line in enumerate(lines))
+
+
+def test_a_line_says_what_was_when_it_was_logged() -> None:
+    stream, people = Gated(), ["Ann"]
+    handler = QueuedHandler(stream)
+    handler.handle(logging.makeLogRecord({"msg": "%s", "args": (people,)}))
+    people.append("Bob")
+    stream.gate.set()
+    handler.close()
+    assert stream.getvalue() == "['Ann']\n"
+
+
+def test_a_line_that_cannot_be_formed_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    handler = QueuedHandler(stream)
+    for fields in ({}, {"fields": {"a": 1}}):
+        handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",), **fields}))
+        handler.handle(logging.makeLogRecord({"msg": "well", **fields}))
+    handler.close()
+    assert stream.getvalue() == "well\nwell\n"
+    assert capsys.readouterr().err.count("TypeError") == 2
 
 
 def test_a_reader_that_stays_stuck_costs_lines_not_memory_and_is_told() -> None:

@@ -1,3 +1,4 @@
+import asyncio
 import subprocess
 import sys
 import threading
@@ -41,6 +42,75 @@ def test_a_cancelled_call_is_not_made() -> None:
     gate.set()
     assert first.result(timeout=10)
     assert worker.submit(int, "1").result(timeout=10) == 1
+    worker.stop()
+
+
+def test_an_event_loop_waits_for_a_call_and_goes_on_meanwhile() -> None:
+    async def body() -> None:
+        worker = Worker("test")
+        gate = threading.Event()
+        held = asyncio.create_task(worker.run(lambda: gate.wait(10) and threading.get_ident()))
+        await asyncio.sleep(0.01)
+        assert not held.done()
+        gate.set()
+        assert await held not in {False, threading.get_ident()}
+        with pytest.raises(ZeroDivisionError):
+            await worker.run(lambda: 1 / 0)
+        with pytest.raises(RuntimeError, match="SystemExit"):
+            await worker.run(sys.exit)
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_call_whose_caller_is_cancelled_first_is_not_made() -> None:
+    async def body() -> None:
+        worker = Worker("test")
+        gate, made = threading.Event(), list[str]()
+        held = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        given_up = asyncio.create_task(worker.run(lambda: made.append("given up")))
+        await asyncio.sleep(0.01)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        gate.set()
+        assert await held
+        await worker.run(lambda: made.append("after it"))
+        assert made == ["after it"]
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_stopping_leaves_no_event_loop_waiting(begun: bool) -> None:
+    async def body() -> None:
+        worker = Worker("test")
+        gate = threading.Event()
+        held = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        await asyncio.sleep(0.01)
+        behind = asyncio.create_task(worker.run(pytest.fail))
+        await asyncio.sleep(0.01 if begun else 0)
+        worker.stop(cancel=True)
+        with pytest.raises(asyncio.CancelledError):
+            await behind
+        gate.set()
+        assert await held
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_thread_outlives_the_event_loop_that_waited_for_it() -> None:
+    worker = Worker("test")
+    gate = threading.Event()
+
+    async def give_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.run(lambda: gate.wait(10)), 0.01)
+
+    asyncio.run(give_up())
+    gate.set()
+    assert worker.submit(int, "5").result(timeout=10) == 5
     worker.stop()
 
 
