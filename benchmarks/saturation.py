@@ -7,11 +7,11 @@ First part: the embedded model (or --bundle) at saturation, JPEG 640x480 in and 
 keeps the same engine busy with a ready-made batch of the same size; in turns, medians. Asked: 0.95 of the loop.
 
 Second part: CPU time of the server's process but for its engine, a request: reading it, decoding, resizing, laying
-pictures on the canvas, writing JSON. The engine's part is known exactly, see accounted_server.py: the clock of the
-thread in `infer`, and those of the threads that ONNX Runtime started. (To subtract the loop's CPU time an image instead
-would charge the server for threads of ONNX Runtime that wait for each other, awake, while another process has one's
-core. It is printed, too.) Asked: 2 ms at 640x480, 4 ms when resizing to 800x1066; for these the engine is one that
-sleeps, since only the paper's resize rule matters.
+pictures on the canvas, writing JSON and the log. The engine's part is known exactly, see accounted_server.py: the
+clock of the thread in `infer`, and those of the threads that ONNX Runtime started. (To subtract the loop's CPU time an
+image instead would charge the server for threads of ONNX Runtime that wait for each other, awake, while another process
+has one's core. It is printed, too.) Asked: 2 ms at 640x480, 4 ms when resizing to 800x1066; for these the engine is one
+that sleeps, since only the paper's resize rule matters.
 
 The client is a process of its own, and counted apart; on a machine of few cores it takes from the server all the same.
 """
@@ -23,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.machine import machine
 from bundle import embedded_bundle
@@ -72,8 +73,10 @@ class Child:
 
 
 @contextmanager
-def child(module: str, arguments: Sequence[str], settings: Mapping[str, object]) -> Iterator[Child]:
-    """`python -m benchmarks.MODULE` with DDETR_* settings, until the `with` ends."""
+def child(
+    module: str, arguments: Sequence[str], settings: Mapping[str, object], log: IO[str] | None = None
+) -> Iterator[Child]:
+    """`python -m benchmarks.MODULE` with DDETR_* settings, until the `with` ends. What it logs goes to `log`."""
     environment = os.environ | {f"DDETR_{name.upper()}": str(value) for name, value in settings.items()}
     process = subprocess.Popen(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments],
@@ -81,6 +84,7 @@ def child(module: str, arguments: Sequence[str], settings: Mapping[str, object])
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
     try:
@@ -108,13 +112,16 @@ def server(arguments: Sequence[str], settings: Mapping[str, object]) -> Iterator
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    own = {"host": "127.0.0.1", "port": port, "log_level": "warning"}
-    with child("accounted_server", arguments, {**settings, **own}) as started:
+    own = {"host": "127.0.0.1", "port": port}
+    # With the line for every request that it logs unless told otherwise: that is work, too.
+    with tempfile.TemporaryFile("w+") as log, child("accounted_server", arguments, {**settings, **own}, log) as started:
         url = f"http://127.0.0.1:{port}"
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not answers(f"{url}/readyz"):
-            if started.process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"the server did not become ready (exit status {started.process.poll()})")
+            status = started.process.poll()
+            if status is not None or time.monotonic() > deadline_s:
+                log.seek(0)
+                raise RuntimeError(f"the server did not become ready (exit status {status}):\n{log.read()}")
             time.sleep(0.05)
         yield started, url
 
