@@ -109,7 +109,7 @@ class Admission:
     def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> float:
         """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it.
 
-        Returns the seconds in which these would be done; 0 if nothing is known, or nobody is ahead.
+        Returns the seconds in which these would be done; 0 if it has none, nothing is known, or nobody is ahead.
         """
         full = self._full(ticket, more_images, more_bytes)
         if full is not None and self._show_slow_readers_out(ticket):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.telemetry import TelemetryConfig
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from bundle import BundleError
@@ -135,8 +136,12 @@ def _dress(
     async def answer_http_error(request: Request, error: HTTPException) -> Response:
         return http_error_response(request, error)
 
+    @app.exception_handler(ClientDisconnect)
+    async def answer_nobody(_: Request, error: ClientDisconnect) -> None:
+        """Nothing is sent, and `Observe` says so."""
+
     @app.exception_handler(Exception)
-    async def answer_unforeseen(request: Request, _: Exception) -> Response:  # which goes on to `Observe`
+    async def answer_unforeseen(request: Request, _: Exception) -> Response:  # the error itself goes on to `Observe`
         return internal_error(request.state.request_id)
 
     app.build_middleware_stack = partial(_build_layers, app)  # type: ignore[method-assign]
@@ -153,7 +158,10 @@ def _dress(
 def _build_layers(app: FastAPI) -> ASGIApp:
     """FastAPI's own layers inside of those that were added, not around them: what `Shortcut` answers passes none."""
     added, app.user_middleware = app.user_middleware, []
-    outermost = FastAPI.build_middleware_stack(app)
+    try:
+        outermost = FastAPI.build_middleware_stack(app)
+    finally:
+        app.user_middleware = added
     for layer in reversed(added):
         outermost = layer.cls(outermost, *layer.args, **layer.kwargs)
     return outermost

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from server.decode import decode_pixels
 from server.headers import Header, read_header
@@ -15,7 +15,6 @@ from server.progress import Progress
 from server.resize import Pixels
 from server.worker import Worker
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 SMALL_BYTES = 16 << 20

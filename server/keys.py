@@ -89,7 +89,9 @@ class ApiKeys:
 
 
 class Gate:
-    """ASGI middleware: without a key nobody gets past it, but to OPEN_PATHS. What it does not know is closed, too.
+    """ASGI middleware within `Observe`: without a key nobody gets past it, but to OPEN_PATHS.
+
+    What it does not know is closed, too.
 
     A browser that asks for a page is told to ask its user for the key, unless the pages are open: those ask themselves.
     Nobody gets to ADMIN_FOLDER without an admin key, which is all that is asked for there.

@@ -22,13 +22,12 @@ LogFormat = Literal["auto", "json", "text"]
 # Lines that wait for a slow reader of the log: some 20 MB. What comes after them is counted, not kept.
 _MOST_WAITING = 50_000
 _MOST_AT_ONCE = 500
+_MOST_UNFORMED = 500
 _WORD = re.compile(r"[\w.,:;/@%+*()<>\[\]{}~!?#'|&-]+", re.ASCII)
 # A reader that takes nothing for so long at the end has gone.
 _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
-
-_SOURCE_FILE = logging._srcfile
 
 _GATHER_S = 0.02
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
@@ -90,13 +89,13 @@ class QueuedHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Form the line here, where what it tells of still is as it was, and hand it over.
 
-        Fields are made for one record: with them it can be formed later, with others, which takes half the time. It is
-        larger until then: where many wait, none more does so.
+        A record with fields, which are made for it alone, is formed later with others: that takes half the time. But
+        not one with an error, which holds frames and what is in them, and none where many lines wait: it is larger.
         """
         waiting = self._lines.qsize()
         if waiting >= self._most_waiting or self._closing:
             self._lost += 1
-        elif waiting < _MOST_AT_ONCE and _fields(record) and not record.exc_info:
+        elif waiting < _MOST_UNFORMED and _fields(record) and not record.exc_info:
             self._lines.put(record)
         elif (line := self._form(record)) is not None:
             self._lines.put(line)
@@ -163,7 +162,6 @@ def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None =
     root.addHandler(handler)
     root.setLevel(level.upper())
     logging.captureWarnings(True)
-    _find_out(False)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
     return handler
@@ -174,18 +172,7 @@ def close_log(handler: QueuedHandler) -> None:
     logging.getLogger().removeHandler(handler)
     handler.close()
     logging.captureWarnings(False)
-    _find_out(True)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
-
-
-def _find_out(wanted: bool) -> None:
-    """Whether records know their line of code, thread and process: no line of the log says it, and each pays for it.
-
-    Python's own switches, see its "Logging HOWTO", "Optimization".
-    """
-    logging._srcfile = _SOURCE_FILE if wanted else None
-    for fact in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
-        setattr(logging, fact, wanted)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -168,18 +167,20 @@ class Metrics:
             self._engine_info.labels(verdict.engine, verdict.precision, verdict.result).set(1)
 
     def observe_image(self, times: StageTimes) -> None:
-        """An image has been answered. It is counted with the next ones, or for who asks: together they cost half."""
+        """An image has been answered. It is counted with others, or when somebody asks: together they cost half."""
         self._uncounted.append(times)
         if len(self._uncounted) >= _COUNTED_TOGETHER:
             self._count_images()
 
     def _count_images(self) -> None:
-        with suppress(IndexError):  # none is left
-            while True:  # in the event loop, or in a thread that tells the metrics: each takes its own
+        while True:  # in the event loop, and in a thread that tells the metrics: each takes others
+            try:
                 times = self._uncounted.popleft()
-                self._answered.inc()
-                for ms, histogram in zip(times, self._stages, strict=True):
-                    histogram.observe(ms / 1e3)
+            except IndexError:
+                return
+            self._answered.inc()
+            for ms, histogram in zip(times, self._stages, strict=True):
+                histogram.observe(ms / 1e3)
 
     def observe_batch(self, batch: Batch) -> None:
         """A batch leaves for an engine."""

@@ -61,7 +61,7 @@ class Observe:
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, arrived_s=arrived_s, headers=headers)
         route = self._known_route(scope)
-        span = self._tracing.begin(scope, headers) if self._tracing is not None and route not in _PROBES else None
+        span = self._tracing.begin(scope) if self._tracing is not None and route not in _PROBES else None
         status = bytes_in = bytes_out = 0
         answered = False
         failure: BaseException | None = None
@@ -82,8 +82,8 @@ class Observe:
                     message["headers"].append((b"traceresponse", span.traceparent.encode()))
             else:
                 bytes_out += len(message.get("body", b""))
-                answered = not message.get("more_body", False)
             await send(message)
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         if route == _MEASURED_ROUTE:
             self._metrics.in_flight.inc()

@@ -14,8 +14,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 class Shortcut:
     """ASGI middleware: a POST to `path` is answered by `endpoint` itself.
 
-    The application has the same route, for its schema; FastAPI's way to it takes a sixth of what a request costs the
-    event loop. An error of ours is answered by `explain`; all others go on outwards.
+    The application has the same route, for its schema; FastAPI's way to it, layers included, takes a fifth of what a
+    request costs the event loop. An error of ours is answered by `explain`; all others go on outwards.
     """
 
     def __init__(

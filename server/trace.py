@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from server.timing import STAGES, StageTimes
@@ -34,9 +35,11 @@ class Tracing:
         self._tracer = provider.get_tracer("ddetr")
         self._extract = extract
 
-    def begin(self, scope: Scope, headers: Mapping[str, str]) -> "RequestSpan":
+    def begin(self, scope: Scope) -> "RequestSpan":
         """A request has arrived just now. Its span belongs to the caller's trace, if `traceparent` names one."""
         from opentelemetry.trace import SpanKind
+
+        headers = Headers(scope=scope)
 
         began_ns = time.time_ns()
         server, client = scope.get("server"), scope.get("client")

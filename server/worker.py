@@ -38,12 +38,18 @@ class Worker:
     async def run(self, function: Callable[[], T]) -> T:
         """The same for an event loop, which goes on meanwhile. If the caller is cancelled first, no call is made."""
         reply: _Reply[T] = _Reply()
-        # In a moment, when the loop is about to wait for what comes next: a thread that is woken now finds Python busy.
+        # In the loop's next pass: a thread that is woken while this one goes on would find Python busy.
         reply.loop.call_soon(self._put, reply, function)
-        return await reply.future
+        try:
+            return await reply.future
+        finally:
+            del reply  # its future holds an error, whose traceback holds this frame
 
     def stop(self, *, cancel: bool = False) -> None:
-        """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made."""
+        """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made.
+
+        To be called in the loop that `run` was, if any; a call that was not handed over by then is cancelled.
+        """
         self._stopped = True
         with suppress(queue.Empty):
             while cancel:

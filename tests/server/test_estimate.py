@@ -1,3 +1,6 @@
+import random
+import statistics
+
 import pytest
 
 from bundle import Canvas
@@ -35,6 +38,24 @@ def test_sizes_not_seen_lie_between_those_that_were(estimate: Estimate) -> None:
     assert estimate.batch_s(SMALL, 3) == pytest.approx(0.25)
     assert estimate.batch_s(SMALL, 2.5) == pytest.approx(0.225)
     assert estimate.batch_s(SMALL, 8) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_newest_five_of_a_size_among_the_newest_batches_count(estimate: Estimate, seed: int) -> None:
+    rng = random.Random(seed)
+    batches: list[tuple[int, float]] = []
+    for _ in range(200):
+        batches.append((rng.choice([1, 2, 3, 8, 8, 8, 8, 8]), rng.random()))
+        estimate.observe(SMALL, *batches[-1])
+        by_size: dict[int, list[float]] = {}
+        for size, seconds in batches[-32:]:
+            by_size.setdefault(size, []).append(seconds)
+        for size, seconds in by_size.items():
+            assert estimate.batch_s(SMALL, size) == statistics.median(seconds[-5:])
+        if 2 not in by_size and {1, 3} <= by_size.keys():
+            assert estimate.batch_s(SMALL, 2) == pytest.approx(
+                (statistics.median(by_size[1][-5:]) + statistics.median(by_size[3][-5:])) / 2
+            ), "what was forgotten lies between its neighbours again"
 
 
 def test_a_canvas_not_seen_costs_by_its_pixels(estimate: Estimate) -> None:

@@ -150,6 +150,7 @@ def test_what_is_counted_is_what_is_there() -> None:
         for priority in PRIORITIES:
             of_lane = sum(stage != "running" and lane == priority for stage, lane in there)
             assert hall.line.waiting(priority) == of_lane
+        assert hall.line.decoding() == sum(stage == "decoding" for stage, _ in there)
     assert seen == {"reading", "uploading", "decoding", "waiting", "running"}
 
 

@@ -1,10 +1,10 @@
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -100,27 +100,6 @@ def test_only_the_level_asked_for_and_above() -> None:
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["loud"]
 
 
-def test_what_no_line_says_is_not_found_out_and_is_again_afterwards() -> None:
-    said: list[logging.LogRecord] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        said.append(record)
-        return True
-
-    logger.addFilter(keep)
-    try:
-        handler = open_log("info", "json", io.StringIO())
-        logger.error("one")
-        close_log(handler)
-        logger.error("two")
-    finally:
-        logger.removeFilter(keep)
-    inside, outside = said
-    assert (inside.thread, inside.process, inside.funcName) == (None, None, "(unknown function)")
-    assert (outside.thread, outside.process) == (threading.get_ident(), os.getpid())
-    assert outside.funcName.startswith("test_what_no_line")
-
-
 def test_warnings_and_what_ends_a_thread_are_logged() -> None:
     def fail() -> None:
         raise LookupError("nobody caught this")
@@ -190,6 +169,30 @@ def test_a_line_says_what_was_when_it_was_logged() -> None:
     stream.gate.set()
     handler.close()
     assert stream.getvalue() == "['Ann']\n"
+
+
+def test_an_error_is_formed_at_once_and_so_is_what_comes_behind_many() -> None:
+    class Fields(dict[str, int]):
+        """Fields that know whether their record is held."""
+
+    stream = Gated()
+    handler = QueuedHandler(stream)
+    handler.setFormatter(JsonForm())
+    handler.handle(logging.makeLogRecord({"msg": "first"}))
+    assert stream.entered.wait(30)  # from here on all lines wait
+    held = []
+    for index in range(700):
+        fields = Fields(index=index)
+        error = (ValueError, ValueError("x"), None) if index == 0 else None
+        handler.handle(logging.makeLogRecord({"msg": "y", "fields": fields, "exc_info": error}))
+        held.append(weakref.ref(fields))
+        del fields
+    assert [index for index, each in enumerate(held) if each() is not None] == list(range(1, 500))
+    stream.gate.set()
+    handler.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()[1:]]
+    assert [line["index"] for line in lines] == list(range(700))
+    assert "ValueError: x" in lines[0]["traceback"]
 
 
 def test_a_line_that_cannot_be_formed_costs_no_other(capsys: pytest.CaptureFixture[str]) -> None:

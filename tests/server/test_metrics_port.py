@@ -63,6 +63,14 @@ def test_keys_guard_it_there_too(apart: Settings) -> None:
         assert get(apart.metrics_port, "/metrics", X_API_Key="one")[0] == 200
 
 
+def test_an_error_nobody_foresaw_is_500_there_too(apart: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(apart, FakeEngine())
+    monkeypatch.setattr(app.state.service.metrics, "exposition", lambda: 1 / 0)
+    with live(app):
+        status, text = get(apart.metrics_port, "/metrics")
+    assert (status, '"code":"internal"' in text) == (500, True)
+
+
 def test_the_documentation_does_not_promise_it(apart: Settings) -> None:
     def paths(settings: Settings) -> set[str]:
         return set(create_app(settings, FakeEngine()).openapi()["paths"])

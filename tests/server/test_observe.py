@@ -12,8 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.testclient import TestClient
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.app import create_app
 from server.errors import EngineFailed
@@ -119,6 +121,77 @@ def test_an_error_nobody_foresaw_has_its_traceback_in_the_requests_line(
     assert "ZeroDivisionError" not in response.text
 
 
+def test_of_headers_given_twice_the_first_counts(client: TestClient) -> None:
+    twice = [("X-Request-Id", "first"), ("X-Request-Id", "second")]
+    assert client.get("/model", headers=httpx2.Headers(twice)).headers["x-request-id"] == "first"
+
+
+def test_detection_passes_no_layer_of_the_framework(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def passed(*_: object) -> None:
+        raise AssertionError("passed")
+
+    for layer in (ServerErrorMiddleware, ExceptionMiddleware):
+        monkeypatch.setattr(layer, "__call__", passed)
+    assert client.post("/detect", content=encode(rectangle(RED)), headers=PNG).status_code == 200
+    assert client.get("/model").status_code == 500
+
+
+def test_layers_may_be_added_and_built_again(app: FastAPI) -> None:
+    class Mark:
+        """Adds a header to what all other layers answer."""
+
+        def __init__(self, app: ASGIApp) -> None:
+            self._app = app
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            async def marked(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    message["headers"].append((b"x-mark", b"1"))
+                await send(message)
+
+            await self._app(scope, receive, marked)
+
+    app.add_middleware(Mark)
+    for _ in range(2):
+        app.middleware_stack = None
+        response = TestClient(app).get("/model")
+        assert response.headers["x-mark"] == "1"
+        assert response.headers["x-request-id"]
+
+
+def test_who_leaves_elsewhere_is_gone_too(settings: Settings, lines: Lines) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    app = create_app(settings.model_copy(update={"admin_keys": Settings(admin_keys="a").admin_keys}), FakeEngine())
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/admin/bundle",
+        "headers": [(b"authorization", b"Bearer a"), (b"content-type", b"application/json")],
+        "query_string": b"",
+        "client": None,
+    }
+    asyncio.run(app(scope, leave, send))
+    assert not sent
+    assert (lines.last["status"], lines.last["bytes_out"]) == (499, 0)
+
+
+def test_many_answers_are_counted_before_anybody_asks(settings: Settings) -> None:
+    app = create_app(settings, FakeEngine())
+    with TestClient(app) as client:
+        for _ in range(70):
+            assert client.post("/detect", content=encode(rectangle(RED)), headers=PNG).status_code == 200
+        answered = app.state.service.metrics.images.labels("ok")
+        assert answered._value.get() == 64
+        assert 'ddetr_images_total{outcome="ok"} 70.0' in client.get("/metrics").text
+
+
 def test_so_it_is_beyond_detection(client: TestClient, lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.routes.gate_content", lambda *_: 1 / 0)
     for method in ("GET", "HEAD"):
@@ -159,6 +232,24 @@ def test_an_error_after_the_answer_began_ends_the_connection_unless_it_is_whole(
     assert len(sent) == 2
     assert (lines.last["status"], lines.last["level"]) == (200, "error")
     assert "ZeroDivisionError" in lines.last["traceback"]
+
+
+def test_an_answer_that_could_not_be_sent_is_not_taken_for_whole(lines: Lines) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    async def fail(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            raise RuntimeError("shorter than its length")
+
+    async def receive() -> Message:
+        raise NotImplementedError
+
+    scope = {"type": "http", "method": "GET", "path": "/model", "headers": [], "client": None}
+    with pytest.raises(RuntimeError):
+        asyncio.run(Observe(answer, Metrics(), iter(range(100)).__next__, ["/model"])(scope, receive, fail))
+    assert lines.last["level"] == "error"
 
 
 def test_an_engine_that_fails_has_its_traceback_in_the_requests_line(client: TestClient, lines: Lines) -> None:

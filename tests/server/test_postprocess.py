@@ -43,3 +43,16 @@ def test_order_is_descending_even_if_the_engines_is_not() -> None:
 def test_no_detections_at_all() -> None:
     raw = RawImageDetections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
     assert postprocess(raw, 10, 10, CATEGORIES, threshold=0.0, max_detections=9) == []
+
+
+def test_equal_scores_keep_the_engines_order() -> None:
+    raw = RawImageDetections(RAW.boxes, np.full(4, 0.5, np.float32), np.array([4, 3, 2, 1], np.int64))
+    found = postprocess(raw, 10, 10, CATEGORIES, threshold=0.5, max_detections=9)
+    assert [detection.class_id for detection in found] == [4, 3, 1]  # the third lies outside
+
+
+def test_answers_are_pythons_numbers() -> None:
+    (found, *_) = postprocess(RAW, 200, 100, CATEGORIES, threshold=0.5, max_detections=1)
+    assert {type(value) for value in (found.score, *found.box_xyxy_px)} == {float}
+    assert type(found.class_id) is int
+    assert found.box_xyxy_px[0] == float(np.float32(0.1)) * 200

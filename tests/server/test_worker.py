@@ -1,7 +1,10 @@
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
+from functools import partial
 
 import pytest
 
@@ -82,15 +85,15 @@ def test_a_call_whose_caller_is_cancelled_first_is_not_made() -> None:
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
-@pytest.mark.parametrize("begun", [True, False])
-def test_stopping_leaves_no_event_loop_waiting(begun: bool) -> None:
+@pytest.mark.parametrize("handed_over", [True, False])
+def test_stopping_leaves_no_event_loop_waiting(handed_over: bool) -> None:
     async def body() -> None:
         worker = Worker("test")
         gate = threading.Event()
         held = asyncio.create_task(worker.run(lambda: gate.wait(10)))
         await asyncio.sleep(0.01)
         behind = asyncio.create_task(worker.run(pytest.fail))
-        await asyncio.sleep(0.01 if begun else 0)
+        await asyncio.sleep(0.01 if handed_over else 0)
         worker.stop(cancel=True)
         with pytest.raises(asyncio.CancelledError):
             await behind
@@ -98,6 +101,32 @@ def test_stopping_leaves_no_event_loop_waiting(begun: bool) -> None:
         assert await held
 
     asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_what_a_call_that_failed_held_is_free_at_once() -> None:
+    class Upload:
+        """What a request holds while it is decoded."""
+
+    async def body() -> None:
+        worker = Worker("test")
+        upload = Upload()
+        held = weakref.ref(upload)
+
+        def fail(upload: Upload) -> None:
+            raise ValueError("held")
+
+        with pytest.raises(ValueError, match="held") as caught:
+            await worker.run(partial(fail, upload))
+        del upload, caught
+        await worker.run(int)  # the thread has let go of the call before
+        assert held() is None
+        worker.stop()
+
+    gc.disable()
+    try:
+        asyncio.run(asyncio.wait_for(body(), 30))
+    finally:
+        gc.enable()
 
 
 def test_a_thread_outlives_the_event_loop_that_waited_for_it() -> None:
