@@ -29,7 +29,7 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
-_GATHER_S = 0.02
+_GATHER_S = 0.1
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
 
 

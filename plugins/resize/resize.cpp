@@ -112,7 +112,14 @@ class Down {
 }  // namespace portable
 
 #ifdef __x86_64__
+namespace avx2 {
 #include "resize_avx2.inc"
+}  // namespace avx2
+
+#define RESIZE_VNNI
+namespace vnni {
+#include "resize_avx2.inc"
+}  // namespace vnni
 #endif
 
 template <typename Across, typename Down>
@@ -161,6 +168,7 @@ struct Path {
 
 constexpr Path kPaths[] = {
 #ifdef __x86_64__
+    {"vnni", cpu::has_avx512_vnni, resize<vnni::Across, vnni::Down>},
     {"avx2", cpu::has_avx2, resize<avx2::Across, avx2::Down>},
 #endif
     {"portable", cpu::runs_everywhere, resize<portable::Across, portable::Down>},

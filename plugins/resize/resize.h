@@ -14,8 +14,8 @@ extern "C" {
 int32_t resize_rgb(const uint8_t* source, int64_t height, int64_t width, uint8_t* target, int64_t target_height,
                    int64_t target_width);
 
-// What it runs on here: "avx2" or "portable", the same bytes on either; the best one, unless another was set (for tests
-// and benchmarks). Setting returns -1 for a path that does not run here.
+// What it runs on here: "vnni", "avx2" or "portable", the same bytes on each; the best one, unless another was set (for
+// tests and benchmarks). Setting returns -1 for a path that does not run here.
 const char* resize_cpu_path(void);
 int32_t resize_set_cpu_path(const char* name);
 

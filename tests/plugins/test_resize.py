@@ -17,7 +17,7 @@ import plugins
 
 Pixels = NDArray[np.uint8]
 
-PATHS = ("avx2", "portable")
+PATHS = ("vnni", "avx2", "portable")
 ALL_PAIRS = np.stack(np.divmod(np.arange(256 * 256 + 2), 256), axis=0).astype(np.uint8)  # [2, 3 * 21846]
 
 
