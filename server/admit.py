@@ -30,6 +30,8 @@ _BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at mo
 _GRACE_S, _LEAST_BYTES_PER_S = 0.5, 32 * 1024
 _PACE_GRACE_S = 1.0
 
+_PREDICT_EVERY_S = 0.05  # to learn from how it turns out, while there is time enough for certain
+
 _NEWEST_SHARE = 0.05  # weight of the newest request in the mean of images a request
 
 
@@ -72,6 +74,7 @@ class Admission:
         self._clock = clock
         self._promises = Promises(clock)
         self._images_a_request = 1.0
+        self._predict_at_s = -math.inf
         self._readers: dict[Ticket, asyncio.Timeout] = {}
 
     def use(self, estimate: Estimate) -> None:
@@ -109,7 +112,8 @@ class Admission:
     def _let_in(self, ticket: "Ticket", *, images: int, more_images: int, more_bytes: int) -> float:
         """Raise if there is no room for so much more of a request, or, where it has `images`, no time for it.
 
-        Returns the seconds in which these would be done; 0 if it has none, nothing is known, or nobody is ahead.
+        Returns the seconds in which these would be done; 0 if it has none, nothing is known, or nobody is ahead, and as
+        a rule where there is time enough for certain.
         """
         full = self._full(ticket, more_images, more_bytes)
         if full is not None and self._show_slow_readers_out(ticket):
@@ -119,13 +123,18 @@ class Admission:
             raise QueueFull(full, self._retry_after_s(ticket, images, wait_s))
         if not images:
             return 0.0
+        now_s = self._clock()
+        left_s = ticket.deadline_s - now_s
+        if self._line.surely_s(ticket.priority, images) <= left_s:
+            if not ticket.places or now_s < self._predict_at_s:
+                return 0.0
+            self._predict_at_s = now_s + _PREDICT_EVERY_S
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
         ahead = self._line.ahead_of(ticket.places)
         if not ahead:
             return 0.0
         predicted_s = self._line.finish_s(ticket.priority, images, with_readers=not ticket.places)
         needed_s = predicted_s * self._line.margin(ticket.priority)
-        left_s = ticket.deadline_s - self._clock()
         if needed_s > left_s:
             message = f"{ahead} images ahead take about {needed_s * 1e3:.0f} ms, {left_s * 1e3:.0f} are left"
             raise DeadlineUnmeetable(message, self._retry_after_s(ticket, images, needed_s - left_s))
@@ -133,19 +142,16 @@ class Admission:
 
     def _full(self, ticket: "Ticket", more_images: int, more_bytes: int) -> str | None:
         """Why there is no room, or None."""
-        line, limits = self._line, self.limits
-        bounds = [
-            (line.waiting(), "images are waiting", limits.images, more_images),
-            (line.held_bytes(), "bytes are held", limits.queued_bytes, more_bytes),
-        ]
-        if ticket.priority == "batch":
-            bounds += [
-                (line.waiting("batch"), "images of batch work are waiting", limits.images_of("batch"), more_images),
-                (line.held_bytes("batch"), "bytes of batch work are held", limits.bytes_of("batch"), more_bytes),
-            ]
-        for held, what, most, more in bounds:
-            if held + more > most:
-                return f"{held} {what} and {most} may: no place for {more} more"
+        line, limits, lane = self._line, self.limits, ticket.priority
+        if (held := line.waiting()) + more_images > limits.images:
+            return _no_place(held, "images are waiting", limits.images, more_images)
+        if (held := line.held_bytes()) + more_bytes > limits.queued_bytes:
+            return _no_place(held, "bytes are held", limits.queued_bytes, more_bytes)
+        if lane == "batch":
+            if (held := line.waiting(lane)) + more_images > limits.images_of(lane):
+                return _no_place(held, "images of batch work are waiting", limits.images_of(lane), more_images)
+            if (held := line.held_bytes(lane)) + more_bytes > limits.bytes_of(lane):
+                return _no_place(held, "bytes of batch work are held", limits.bytes_of(lane), more_bytes)
         return None
 
     def _retry_after_s(self, ticket: "Ticket", images: int, wait_s: float) -> int:
@@ -265,6 +271,10 @@ class Ticket:
         if isinstance(error, DeadlinePassed):
             self.answered()  # too late, and by how much will not be known
         self.leave()
+
+
+def _no_place(held: int, what: str, most: int, more: int) -> str:
+    return f"{held} {what} and {most} may: no place for {more} more"
 
 
 def priority(headers: Mapping[str, str]) -> Priority:

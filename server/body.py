@@ -65,6 +65,8 @@ async def _read(
 ) -> None:
     size = 0
     async for chunk in chunks:
+        if not chunk:  # as the last one is
+            continue
         size += len(chunk)
         if size > max_body_bytes:  # whatever the request said of its length
             raise BodyTooLarge(f"more than {max_body_bytes} bytes")

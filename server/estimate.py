@@ -21,6 +21,8 @@ class Estimate:
         self.engine_instances = engine_instances
         self.decode_s = 0.0
         """Seconds in a decoding thread, of an image."""
+        self.slowest_s = 0.0
+        """Engine seconds of an image where they are most: in the slowest batch size of the slowest canvas."""
         self._batches: dict[Canvas, deque[tuple[int, float]]] = {}  # size and seconds, oldest first
         self._typical: dict[Canvas, dict[int, float]] = {}  # median seconds by size, ascending sizes
         self._decodes: deque[float] = deque(maxlen=_DECODES)
@@ -49,6 +51,12 @@ class Estimate:
             else:
                 del typical[size]
         self._typical[canvas] = dict(sorted(typical.items()))
+        # Of sizes below those that were seen nothing better is known than of the smallest.
+        slowest = [
+            max(next(iter(each.values())), *[took_s / size for size, took_s in each.items()])
+            for each in self._typical.values()
+        ]
+        self.slowest_s = max(slowest)
 
     def observe_decoding(self, canvas: Canvas, seconds: float) -> None:
         """An image has taken a decoding thread `seconds`, and is found to need `canvas`."""

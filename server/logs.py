@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -29,7 +30,9 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
-_GATHER_S = 0.1
+_SOURCE_FILE = logging._srcfile  # type: ignore[attr-defined]  # as Python's guide to faster logging has it
+
+_GATHER_S = 0.25
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
 
 
@@ -77,12 +80,12 @@ class QueuedHandler(logging.Handler):
         super().__init__()
         self._stream = stream
         self._most_waiting = most_waiting
-        # Its `put` may interrupt itself, as a signal's handler that logs does.
+        # Queues, whose `put` may interrupt itself, as a signal's handler that logs does.
         self._lines: SimpleQueue[str | logging.LogRecord | None] = SimpleQueue()
         self._lost = 0
         self._written = 0
         self._closing = False
-        self._hurry = threading.Event()
+        self._hurry: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -99,6 +102,8 @@ class QueuedHandler(logging.Handler):
             self._lines.put(record)
         elif (line := self._form(record)) is not None:
             self._lines.put(line)
+        if record.levelno >= logging.ERROR:  # the process may not live to gather more
+            self._hurry.put(None)
 
     def _form(self, record: logging.LogRecord) -> str | None:
         try:
@@ -114,7 +119,7 @@ class QueuedHandler(logging.Handler):
             closing, self._closing = self._closing, True
             if not closing:
                 self._lines.put(None)
-                self._hurry.set()
+                self._hurry.put(None)
         finally:
             self.release()
         written = -1
@@ -146,7 +151,8 @@ class QueuedHandler(logging.Handler):
                 self._written += len(texts)
             if lines[-1] is None:
                 return
-            self._hurry.wait(_GATHER_S)
+            with suppress(Empty):
+                self._hurry.get(timeout=_GATHER_S)
 
 
 def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None = None) -> QueuedHandler:
@@ -161,6 +167,7 @@ def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None =
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())
+    _find_out(False)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
@@ -171,8 +178,15 @@ def close_log(handler: QueuedHandler) -> None:
     """Undo `open_log`, with every line written."""
     logging.getLogger().removeHandler(handler)
     handler.close()
+    _find_out(True)
     logging.captureWarnings(False)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
+
+
+def _find_out(all_there_is: bool) -> None:
+    """Whether every record knows the line of code, the thread and the process it is from: neither form tells."""
+    logging._srcfile = _SOURCE_FILE if all_there_is else None  # type: ignore[attr-defined]
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = all_there_is
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -273,14 +273,14 @@ def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(d
             return False
         return True
 
-    def answer(taken_ms: float) -> None:
-        with door.admission.admit(NEVER_S) as ticket:
+    def answer(taken_ms: float, left_ms: float = 11.9) -> None:  # from 12 ms on its time would be enough for certain
+        with door.admission.admit(door.now_s + left_ms / 1e3) as ticket:
             ticket.read([0])
             door.now_s += taken_ms / 1e3
             ticket.answered()
 
     def give_up(taken_ms: float) -> None:
-        with suppress(DeadlinePassed), door.admission.admit(NEVER_S) as ticket:
+        with suppress(DeadlinePassed), door.admission.admit(door.now_s + 0.0119) as ticket:
             ticket.read([0])
             door.now_s += taken_ms / 1e3
             raise DeadlinePassed("too late")
@@ -297,6 +297,26 @@ def test_answers_later_than_predicted_make_the_door_careful_and_others_calm_it(d
     for _ in range(200):
         give_up(3.0)
     assert not lets_in(2.9)
+
+
+def test_of_those_with_time_enough_one_in_a_while_is_learnt_from(door: Door) -> None:
+    door.estimate.observe(CANVAS, images=1, seconds=0.001)
+    other = door.admission.admit(NEVER_S)
+    other.read([0])
+
+    def answer(taken_s: float) -> None:
+        with door.admission.admit(NEVER_S) as ticket:
+            ticket.read([0])
+            door.now_s += taken_s
+            ticket.answered()
+
+    with pytest.raises(DeadlineUnmeetable):
+        door.admission.admit(door.now_s + 0.0039)  # 2 ms, and as much again while nothing is learnt
+    for _ in range(200):
+        answer(0.002)
+        answer(0.006)  # comes too soon after the other
+        door.now_s += 0.0421
+    door.admission.admit(door.now_s + 0.0023)
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:

@@ -1,5 +1,6 @@
 """When one more image would be done, against sums done by hand."""
 
+import math
 import random
 from collections.abc import Sequence
 from functools import partial
@@ -129,6 +130,24 @@ def test_nobody_waits_for_bodies_that_take_long() -> None:
     for place in slow + quick:
         place.give_back()
     assert len(hall.line) == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_certain_is_never_less_than_what_is_predicted(seed: int) -> None:
+    rng = random.Random(seed)
+    hall = Hall(engines=rng.randint(1, 3), threads=rng.randint(1, 3), mix=rng.choices([SMALL, LARGE], k=3))
+    for _ in range(20):  # engines whose larger batches are quicker, or slower by the image
+        hall.estimate.observe(rng.choice([SMALL, LARGE]), rng.randint(1, 4), rng.uniform(0.1, 10))
+    for _ in range(rng.randint(0, 6)):
+        come = rng.choice([hall.reading, hall.decoding, hall.waiting, hall.running])
+        come(rng.randint(1, 5), priority=rng.choice(PRIORITIES))
+    hall.estimate.observe_decoding(SMALL, rng.uniform(0, 10))
+    for _ in range(100):  # a margin as large as any
+        hall.line.observe("interactive", 1.0, 100.0)
+    images, with_readers = rng.randint(1, 9), rng.random() < 0.5
+    predicted_s = hall.finish_s(images, with_readers=with_readers)
+    assert hall.line.surely_s("interactive", images) >= predicted_s * hall.line.margin("interactive")
+    assert hall.line.surely_s("batch", images) == math.inf
 
 
 def test_what_is_counted_is_what_is_there() -> None:

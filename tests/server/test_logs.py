@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import queue
 import subprocess
 import sys
 import threading
@@ -147,13 +148,54 @@ def test_a_reader_that_is_stuck_holds_nobody_up_and_gets_every_line_in_order() -
     assert stream.getvalue().split() == [str(index) for index in range(2000)]
 
 
+def test_an_error_waits_for_no_other_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        def __init__(self) -> None:
+            super().__init__()
+            self.written: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def write(self, text: str) -> int:
+            self.written.put(text)
+            return super().write(text)
+
+    monkeypatch.setattr("server.logs._GATHER_S", 1000.0)
+    stream = Stream()
+    handler = QueuedHandler(stream)
+    handler.handle(logging.makeLogRecord({"msg": "first", "levelno": logging.INFO}))
+    assert stream.written.get(timeout=30) == "first\n"
+    handler.handle(logging.makeLogRecord({"msg": "gathers", "levelno": logging.WARNING}))
+    with pytest.raises(queue.Empty):
+        stream.written.get(timeout=0.1)
+    handler.handle(logging.makeLogRecord({"msg": "hurries", "levelno": logging.ERROR}))
+    assert stream.written.get(timeout=30) == "gathers\nhurries\n"
+    handler.close()
+
+
+def test_what_no_line_tells_is_not_found_out_while_the_log_is_open() -> None:
+    def record() -> logging.LogRecord:
+        found: list[logging.LogRecord] = []
+        logger = logging.getLogger("ddetr.test")
+        logger.addFilter(found.append)  # type: ignore[arg-type]
+        logger.critical("x")
+        logger.removeFilter(found.append)  # type: ignore[arg-type]
+        return found[0]
+
+    before = record()
+    assert (before.filename, before.threadName) == (Path(__file__).name, "MainThread")
+    handler = open_log("info", "json", io.StringIO())
+    assert record().threadName is None
+    close_log(handler)
+    after = record()
+    assert (after.filename, after.threadName, after.process) == (before.filename, "MainThread", before.process)
+
+
 def test_lines_with_fields_and_without_stay_in_order() -> None:
     stream = Gated()
     handler = QueuedHandler(stream)
     handler.setFormatter(JsonForm())
     for index in range(2000):
         fields = {"fields": {"index": index}} if index % 3 else {}
-        handler.handle(logging.makeLogRecord({"msg": "%d", "args": (index,), "levelname": "INFO", **fields}))
+        handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "%d", "args": (index,), **fields}))
     stream.gate.set()
     handler.close()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
@@ -164,7 +206,7 @@ def test_lines_with_fields_and_without_stay_in_order() -> None:
 def test_a_line_says_what_was_when_it_was_logged() -> None:
     stream, people = Gated(), ["Ann"]
     handler = QueuedHandler(stream)
-    handler.handle(logging.makeLogRecord({"msg": "%s", "args": (people,)}))
+    handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "%s", "args": (people,)}))
     people.append("Bob")
     stream.gate.set()
     handler.close()
@@ -178,13 +220,13 @@ def test_an_error_is_formed_at_once_and_so_is_what_comes_behind_many() -> None:
     stream = Gated()
     handler = QueuedHandler(stream)
     handler.setFormatter(JsonForm())
-    handler.handle(logging.makeLogRecord({"msg": "first"}))
+    handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "first"}))
     assert stream.entered.wait(30)  # from here on all lines wait
     held = []
     for index in range(700):
         fields = Fields(index=index)
         error = (ValueError, ValueError("x"), None) if index == 0 else None
-        handler.handle(logging.makeLogRecord({"msg": "y", "fields": fields, "exc_info": error}))
+        handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "y", "fields": fields, "exc_info": error}))
         held.append(weakref.ref(fields))
         del fields
     assert [index for index, each in enumerate(held) if each() is not None] == list(range(1, 500))
@@ -199,8 +241,8 @@ def test_a_line_that_cannot_be_formed_costs_no_other(capsys: pytest.CaptureFixtu
     stream = io.StringIO()
     handler = QueuedHandler(stream)
     for fields in ({}, {"fields": {"a": 1}}):
-        handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",), **fields}))
-        handler.handle(logging.makeLogRecord({"msg": "well", **fields}))
+        handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "%d", "args": ("no number",), **fields}))
+        handler.handle(logging.makeLogRecord({"levelno": 20, "msg": "well", **fields}))
     handler.close()
     assert stream.getvalue() == "well\nwell\n"
     assert capsys.readouterr().err.count("TypeError") == 2
