@@ -30,7 +30,7 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
-_SOURCE_FILE = logging._srcfile  # type: ignore[attr-defined]  # as Python's guide to faster logging has it
+_SOURCE_FILE = logging._srcfile  # as Python's guide to faster logging has it
 
 _GATHER_S = 0.25
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
@@ -185,7 +185,7 @@ def close_log(handler: QueuedHandler) -> None:
 
 def _find_out(all_there_is: bool) -> None:
     """Whether every record knows the line of code, the thread and the process it is from: neither form tells."""
-    logging._srcfile = _SOURCE_FILE if all_there_is else None  # type: ignore[attr-defined]
+    logging._srcfile = _SOURCE_FILE if all_there_is else None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = all_there_is
 
 
