@@ -30,7 +30,7 @@ _BATCH_SHARE = 0.5  # of the queue, in images and in bytes, for batch work at mo
 _GRACE_S, _LEAST_BYTES_PER_S = 0.5, 32 * 1024
 _PACE_GRACE_S = 1.0
 
-_PREDICT_EVERY_S = 0.05  # to learn from how it turns out, while there is time enough for certain
+_PREDICT_EVERY_S = 0.04  # to learn from how it turns out, while there is time enough for certain
 
 _NEWEST_SHARE = 0.05  # weight of the newest request in the mean of images a request
 
@@ -125,14 +125,15 @@ class Admission:
             return 0.0
         now_s = self._clock()
         left_s = ticket.deadline_s - now_s
-        if self._line.surely_s(ticket.priority, images) <= left_s:
-            if not ticket.places or now_s < self._predict_at_s:
-                return 0.0
-            self._predict_at_s = now_s + _PREDICT_EVERY_S
+        certain = self._line.surely_s(ticket.priority, images) <= left_s
+        if certain and (not ticket.places or now_s < self._predict_at_s):
+            return 0.0
         # To an idle server everyone is let in: were all refused, nothing would correct an estimate gone wrong.
         ahead = self._line.ahead_of(ticket.places)
         if not ahead:
             return 0.0
+        if certain:
+            self._predict_at_s = now_s + _PREDICT_EVERY_S
         predicted_s = self._line.finish_s(ticket.priority, images, with_readers=not ticket.places)
         needed_s = predicted_s * self._line.margin(ticket.priority)
         if needed_s > left_s:

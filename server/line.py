@@ -94,7 +94,8 @@ class Line:
     def surely_s(self, priority: Priority, images: int) -> float:
         """Seconds in which `images` more are done for certain; infinite for batch work, which others may overtake.
 
-        Never less than `finish_s` times any margin, and found in a tenth of the time.
+        Never less than `finish_s` times any margin, as long as all canvases are the estimate's (just after a swap some
+        may be the bundle's before, of which nothing is certain), and found in a tenth of the time.
         """
         if priority == "batch":
             return math.inf

@@ -30,8 +30,6 @@ _PATIENCE_S = 5.0
 
 logger = logging.getLogger("ddetr.logs")
 
-_SOURCE_FILE = logging._srcfile  # as Python's guide to faster logging has it
-
 _GATHER_S = 0.25
 """After a write lines gather this long for the next: to wake a thread for each costs more than to write it."""
 
@@ -102,7 +100,7 @@ class QueuedHandler(logging.Handler):
             self._lines.put(record)
         elif (line := self._form(record)) is not None:
             self._lines.put(line)
-        if record.levelno >= logging.ERROR:  # the process may not live to gather more
+        if record.levelno >= logging.ERROR and self._hurry.empty():  # the process may not live to gather more
             self._hurry.put(None)
 
     def _form(self, record: logging.LogRecord) -> str | None:
@@ -151,8 +149,9 @@ class QueuedHandler(logging.Handler):
                 self._written += len(texts)
             if lines[-1] is None:
                 return
-            with suppress(Empty):
-                self._hurry.get(timeout=_GATHER_S)
+            if len(lines) < _MOST_AT_ONCE:
+                with suppress(Empty):
+                    self._hurry.get(timeout=_GATHER_S)
 
 
 def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None = None) -> QueuedHandler:
@@ -167,7 +166,6 @@ def open_log(level: str, log_format: LogFormat = "auto", stream: TextIO | None =
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(level.upper())
-    _find_out(False)
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = _log_uncaught_in_thread
@@ -178,15 +176,8 @@ def close_log(handler: QueuedHandler) -> None:
     """Undo `open_log`, with every line written."""
     logging.getLogger().removeHandler(handler)
     handler.close()
-    _find_out(True)
     logging.captureWarnings(False)
     sys.excepthook, threading.excepthook = sys.__excepthook__, threading.__excepthook__
-
-
-def _find_out(all_there_is: bool) -> None:
-    """Whether every record knows the line of code, the thread and the process it is from: neither form tells."""
-    logging._srcfile = _SOURCE_FILE if all_there_is else None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = all_there_is
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

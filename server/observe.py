@@ -116,9 +116,14 @@ class Observe:
                     fields["trace_id"] = trace_id
                 if span is not None:
                     span.end(fields, state.get("times"), total_s, failure)
-                logger.log(
-                    level, "%s %s %d", scope["method"], route, status, extra={"fields": fields}, exc_info=failure
-                )
+                if logger.isEnabledFor(level):
+                    # Without looking for the line of code it comes from, which is always this one.
+                    message, words = "%s %s %d", (scope["method"], route, status)
+                    trace = None if failure is None else (type(failure), failure, failure.__traceback__)
+                    logger.handle(
+                        logger.makeRecord(logger.name, level, "", 0, message, words, trace, extra={"fields": fields})
+                    )
+                    del trace
             del failure  # its traceback holds this frame
 
     def _known_route(self, scope: Scope) -> str:

@@ -315,7 +315,7 @@ def test_of_those_with_time_enough_one_in_a_while_is_learnt_from(door: Door) -> 
     for _ in range(200):
         answer(0.002)
         answer(0.006)  # comes too soon after the other
-        door.now_s += 0.0421
+        door.now_s += 0.0321
     door.admission.admit(door.now_s + 0.0023)
 
 

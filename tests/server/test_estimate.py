@@ -104,3 +104,15 @@ def test_the_rate_counts_every_engine() -> None:
     estimate.observe(SMALL, 1, 2.5)
     assert estimate.retry_after_s(4) == 5
     assert estimate.retry_after_s(10_000) == 60
+
+
+def test_the_slowest_an_image_can_be(estimate: Estimate) -> None:
+    assert estimate.slowest_s == 0
+    estimate.observe(SMALL, 3, 0.3)
+    assert estimate.slowest_s == pytest.approx(0.3)  # by itself it may take as long
+    estimate.observe(SMALL, 1, 0.12)
+    assert estimate.slowest_s == pytest.approx(0.12)
+    estimate.observe(SMALL, 2, 0.5)
+    assert estimate.slowest_s == pytest.approx(0.25)
+    estimate.observe(LARGE, 1, 0.4)
+    assert estimate.slowest_s == pytest.approx(0.4)

@@ -171,22 +171,14 @@ def test_an_error_waits_for_no_other_line(monkeypatch: pytest.MonkeyPatch) -> No
     handler.close()
 
 
-def test_what_no_line_tells_is_not_found_out_while_the_log_is_open() -> None:
-    def record() -> logging.LogRecord:
-        found: list[logging.LogRecord] = []
-        logger = logging.getLogger("ddetr.test")
-        logger.addFilter(found.append)  # type: ignore[arg-type]
-        logger.critical("x")
-        logger.removeFilter(found.append)  # type: ignore[arg-type]
-        return found[0]
-
-    before = record()
-    assert (before.filename, before.threadName) == (Path(__file__).name, "MainThread")
-    handler = open_log("info", "json", io.StringIO())
-    assert record().threadName is None
-    close_log(handler)
-    after = record()
-    assert (after.filename, after.threadName, after.process) == (before.filename, "MainThread", before.process)
+def test_a_backlog_is_written_without_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.logs._GATHER_S", 1000.0)
+    stream = Gated()
+    with queued(stream) as log:
+        for index in range(2000):
+            log(str(index))
+        stream.gate.set()
+    assert stream.getvalue().split() == [str(index) for index in range(2000)]
 
 
 def test_lines_with_fields_and_without_stay_in_order() -> None:
