@@ -138,6 +138,8 @@ class BatchQueue:
         """
         if self._retries:
             return None if ahead else self._pop_retry(draining)
+        if ahead and self._count < self._max_batch_size:
+            return None
         oldest = self._oldest_of_batch_priority()
         due = oldest is not None and self._passed_over >= MOST_PASSED_OVER
         lead: Priority = "batch" if due or not self._lines["interactive"] else "interactive"

@@ -64,6 +64,7 @@ class Batcher:
             for index, engine in enumerate(engines)
         ]
         self._work_came_s = self._checked_s = clock()
+        self._looks_ahead = False
         self._draining = False
         self._replaced = False
         self._closed = False
@@ -77,6 +78,11 @@ class Batcher:
     def works(self) -> bool:
         """Whether any engine does."""
         return any(lane.up for lane in self._lanes)
+
+    @property
+    def provided(self) -> bool:
+        """Whether every engine has its next batch already: what comes now is not waited for."""
+        return all(lane.load >= 2 for lane in self._lanes)
 
     @property
     def engine_name(self) -> str:
@@ -177,16 +183,27 @@ class Batcher:
     def _dispatch(self) -> None:
         if self._closed:
             return
-        for lane in sorted(self._lanes, key=lambda lane: lane.load):  # the idle ones first
-            if lane.up and lane.load < 2 and (batch := self._next(ahead=lane.load == 1)) is not None:
+        for lane in sorted(self._lanes, key=lambda lane: lane.load):
+            if lane.up and not lane.load and (batch := self._next()) is not None:
                 lane.give(batch)
+        if not self._looks_ahead and len(self._queue) and any(lane.up and lane.load == 1 for lane in self._lanes):
+            # Behind what the loop has to do now: answers go before what no engine waits for, and the thread that
+            # prepares a batch would find Python busy.
+            asyncio.get_running_loop().call_soon(self._dispatch_ahead)
+            self._looks_ahead = True
         if not self.works:
             self._give_up()
 
-    def _next(self, *, ahead: bool) -> Batch | None:
+    def _dispatch_ahead(self) -> None:
+        self._looks_ahead = False
+        for lane in self._lanes:
+            if not self._closed and lane.up and lane.load == 1:
+                batch = self._queue.pop(self._clock(), draining=self._draining, ahead=True)
+                if batch is not None:
+                    lane.give(batch)
+
+    def _next(self) -> Batch | None:
         now_s = self._clock()
-        if ahead:
-            return self._queue.pop(now_s, draining=self._draining, ahead=True)
         for entry in self._queue.drop_expired(now_s):
             fail(entry, DeadlinePassed("the deadline passed in the queue"))
         if (batch := self._queue.pop(now_s, draining=self._draining)) is not None:

@@ -78,9 +78,17 @@ class Decoders:
     ones only. Large ones wait, outside of any thread, until the memory that they take is free.
     """
 
-    def __init__(self, threads: int, max_image_pixels: int, max_decode_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        max_image_pixels: int,
+        max_decode_bytes: int,
+        clock: Callable[[], float],
+        unhurried: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`unhurried`: whether nobody waits for the next small picture, see Worker."""
         self._max_image_pixels = max_image_pixels
-        self._small = Worker("decode", threads)
+        self._small = Worker("decode", threads, unhurried)
         self._large = Worker("decode-large", threads)
         self._allowance = Allowance(max_decode_bytes)
         self._progress = Progress(clock)
@@ -127,6 +135,10 @@ class Decoders:
         decoded = self._large.submit(self._large_progress.watch, decode_large)
         decoded.add_done_callback(give_back)  # maybe long after the caller has given up
         return await asyncio.wrap_future(decoded)
+
+    def deliver(self) -> None:
+        """Hand over what has been decoded, whatever else is; to be called now and then, for a picture that hangs."""
+        self._small.deliver()
 
     def stop(self) -> None:
         """End the threads once their work is done, without waiting for it."""

@@ -68,7 +68,13 @@ class Service:
         self.admission = Admission(self._limits, line, estimate, settings.max_batch_size, clock)
         self._watching: asyncio.Task[None] | None = None
         prepare_decoding(settings.decode_threads)
-        self._decoders = Decoders(settings.decode_threads, settings.max_image_pixels, settings.max_decode_bytes, clock)
+        self._decoders = Decoders(
+            settings.decode_threads,
+            settings.max_image_pixels,
+            settings.max_decode_bytes,
+            clock,
+            unhurried=lambda: self.batcher.provided,
+        )
         self.leaving = False
         """Requests are still taken, but no more should be sent here."""
         self._started = False
@@ -277,6 +283,7 @@ class Service:
         while True:
             await asyncio.sleep(CHECK_EVERY_S)
             try:
+                self._decoders.deliver()
                 for served in self._all_served():
                     served.batcher.check()
                 if self.served.verdicts != self._told_verdicts:  # an engine is back, perhaps as another kind

@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -13,17 +14,28 @@ from typing import Any, Generic, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_MOST_TOGETHER = 4
+"""Replies that are handed over at once, at most: a usual batch's."""
+
 
 class Worker:
     """Runs calls in the order they come, in a thread of its own, or in the first of several that is free.
+
+    Where `unhurried` says so, replies to `run` wait for one another as long as calls are under way, and the event loop
+    is woken once for several: beside an engine that uses all cores, waking up is a good part of what a reply costs.
 
     The threads are daemons: an engine or a decoder that hangs must not keep the process from ending, as a
     `concurrent.futures` pool would.
     """
 
-    def __init__(self, name: str, threads: int = 1) -> None:
+    def __init__(self, name: str, threads: int = 1, unhurried: Callable[[], bool] = lambda: False) -> None:
+        """`unhurried` is asked in the threads."""
         self._calls: queue.SimpleQueue[tuple[Future[Any] | _Reply[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._stopped = False
+        self._unhurried = unhurried
+        self._lock = threading.Lock()
+        self._under_way = 0  # calls of `run`
+        self._replies: deque[tuple[_Reply[Any], Callable[[Any], object], object]] = deque()
         names = [name] if threads == 1 else [f"{name}-{index}" for index in range(threads)]
         self._threads = [_Thread(target=self._work, name=each, daemon=True) for each in names]
         for thread in self._threads:
@@ -37,13 +49,20 @@ class Worker:
 
     async def run(self, function: Callable[[], T]) -> T:
         """The same for an event loop, which goes on meanwhile. If the caller is cancelled first, no call is made."""
-        reply: _Reply[T] = _Reply()
+        reply: _Reply[T] = _Reply(self._hand_over)
         # In the loop's next pass: a thread that is woken while this one goes on would find Python busy.
         reply.loop.call_soon(self._put, reply, function)
         try:
             return await reply.future
         finally:
             del reply  # its future holds an error, whose traceback holds this frame
+
+    def deliver(self) -> None:
+        """In the event loop: hand the replies over that wait for others."""
+        while self._replies:
+            reply, end, value = self._replies.popleft()
+            if not reply.future.done():
+                end(value)
 
     def stop(self, *, cancel: bool = False) -> None:
         """End the threads once their calls are done, without waiting for it. `cancel`: those not begun are not made.
@@ -56,6 +75,7 @@ class Worker:
                 call = self._calls.get_nowait()
                 if call is not None:
                     call[0].cancel()
+        self.deliver()
         for _ in self._threads:
             self._calls.put(None)
 
@@ -73,7 +93,17 @@ class Worker:
         if self._stopped:
             reply.future.cancel()
         else:
+            with self._lock:
+                self._under_way += 1
             self._calls.put((reply, function))
+
+    def _hand_over(self, reply: "_Reply[Any]", end: Callable[[Any], object], value: object) -> None:
+        self._replies.append((reply, end, value))
+        with self._lock:
+            self._under_way -= 1
+        if not self._under_way or len(self._replies) >= _MOST_TOGETHER or not self._unhurried():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                reply.loop.call_soon_threadsafe(self.deliver)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -87,29 +117,25 @@ class _Reply(Generic[T]):
     A `concurrent.futures.Future` that asyncio wraps costs the loop twice as much, and is two futures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hand_over: "Callable[[_Reply[T], Callable[[Any], object], object], None]") -> None:
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[T] = self.loop.create_future()
+        self._hand_over = hand_over
 
     def set_running_or_notify_cancel(self) -> bool:
-        return not self.future.cancelled()
+        if self.future.cancelled():
+            self.cancel()
+            return False
+        return True
 
     def set_result(self, result: T) -> None:
-        self._post(self.future.set_result, result)
+        self._hand_over(self, self.future.set_result, result)
 
     def set_exception(self, error: BaseException) -> None:
-        self._post(self.future.set_exception, error)
+        self._hand_over(self, self.future.set_exception, error)
 
     def cancel(self) -> None:
-        self._post(lambda _: self.future.cancel(), None)
-
-    def _post(self, end: Callable[[Any], object], value: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self._end, end, value)
-
-    def _end(self, end: Callable[[Any], object], value: object) -> None:
-        if not self.future.done():
-            end(value)
+        self._hand_over(self, self.future.cancel, None)
 
 
 class _Thread(threading.Thread):

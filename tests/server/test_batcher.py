@@ -35,6 +35,23 @@ def test_batches_grow_while_the_engine_works() -> None:
     run(test)
 
 
+def test_engines_are_provided_for_once_a_full_batch_lies_behind_the_one_they_work_on() -> None:
+    async def test(bench: Bench) -> None:
+        assert not bench.batcher.provided
+        tasks = [await bench.hold()]
+        for _ in range(4):
+            assert not bench.batcher.provided
+            tasks.append(bench.submit(bench.image()))
+            await settle()
+        assert bench.batcher.provided
+        bench.engine.gate.set()
+        await asyncio.gather(*tasks)
+        await settle()
+        assert not bench.batcher.provided
+
+    run(test)
+
+
 def test_canvases_do_not_mix() -> None:
     async def test(bench: Bench) -> None:
         first = await bench.hold()

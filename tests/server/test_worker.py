@@ -85,6 +85,93 @@ def test_a_call_whose_caller_is_cancelled_first_is_not_made() -> None:
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
+def test_replies_wait_for_one_another_where_nobody_is_in_a_hurry() -> None:
+    async def body() -> None:
+        hurried, gates = threading.Event(), [threading.Event() for _ in range(3)]
+        worker = Worker("test", threads=3, unhurried=lambda: not hurried.is_set())
+        calls = [asyncio.create_task(worker.run(partial(gate.wait, 10))) for gate in gates]
+        gates[0].set()
+        await asyncio.sleep(0.05)
+        assert not calls[0].done()
+        hurried.set()
+        gates[1].set()
+        assert await calls[1]
+        assert calls[0].done()
+        assert not calls[2].done()
+        gates[2].set()
+        assert await calls[2]
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_the_last_of_several_calls_brings_all_their_replies() -> None:
+    async def body() -> None:
+        worker = Worker("test", threads=2, unhurried=lambda: True)
+        assert await asyncio.gather(*(worker.run(partial(int, str(n))) for n in range(11))) == list(range(11))
+        gate = threading.Event()
+        last = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        first = asyncio.create_task(worker.run(lambda: 1))
+        await asyncio.sleep(0.05)
+        assert not first.done()
+        gate.set()
+        assert await last
+        assert first.done()
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_no_more_replies_wait_than_a_batch_has() -> None:
+    async def body() -> None:
+        worker = Worker("test", threads=2, unhurried=lambda: True)
+        gate = threading.Event()
+        held = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        assert await asyncio.gather(*(worker.run(partial(int, str(n))) for n in range(4))) == [0, 1, 2, 3]
+        assert not held.done()
+        gate.set()
+        assert await held
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_replies_do_not_wait_for_calls_that_are_not_made() -> None:
+    async def body() -> None:
+        worker = Worker("test", unhurried=lambda: True)
+        gate = threading.Event()
+        first = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        given_up = [asyncio.create_task(worker.run(pytest.fail)) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        for each in given_up:
+            each.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
+        gate.set()
+        assert await first
+        assert await worker.run(lambda: 1) == 1
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_replies_can_be_had_while_another_call_hangs() -> None:
+    async def body() -> None:
+        worker = Worker("test", threads=2, unhurried=lambda: True)
+        gate = threading.Event()
+        hangs = asyncio.create_task(worker.run(lambda: gate.wait(10)))
+        other = asyncio.create_task(worker.run(lambda: 1))
+        await asyncio.sleep(0.05)
+        assert not other.done()
+        worker.deliver()
+        assert await other == 1
+        assert not hangs.done()
+        gate.set()
+        assert await hangs
+        worker.stop()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
 @pytest.mark.parametrize("handed_over", [True, False])
 def test_stopping_leaves_no_event_loop_waiting(handed_over: bool) -> None:
     async def body() -> None:
