@@ -82,6 +82,7 @@ class AccountedEngine:
     def __init__(self, open_engine: Callable[[], Engine]) -> None:
         before = thread_ids()
         self._engine = open_engine()
+        time.sleep(0.1)  # the thread that opened it has ended
         self._own_threads = thread_ids() - before
         self._lock = threading.Lock()
         self._infer_s = 0.0

@@ -31,7 +31,8 @@ class FileOutcome:
 
 def open_engine(settings: Settings) -> Engine:
     """The engine for the settings' bundle. Raises BundleError or StartupError."""
-    return open_one(settings.model_copy(update={"engine_instances": 1}), read_bundle(settings.bundle))
+    alone = {"engine_instances": 1, "engine_niceness": 0}
+    return open_one(settings.model_copy(update=alone), read_bundle(settings.bundle))
 
 
 def detect_picture(engine: Engine, data: bytes, options: DetectOptions, max_image_pixels: int) -> ImageAnswer:

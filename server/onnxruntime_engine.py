@@ -2,7 +2,11 @@
 
 import ctypes
 import logging
+import os
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,8 +116,9 @@ class OnnxRuntimeEngine:
             except Exception as error:
                 raise StartupError(f"ONNX Runtime {ort.__version__} refuses {library}: {error}") from error
         options = {} if provider == _CPU else {"device_id": str(index), **_CUDA_OPTIONS}
+        niceness = settings.engine_niceness if provider == _CPU else 0
         try:
-            self._session = ort.InferenceSession(graph, session_options, [(provider, options)])
+            self._session = _session(graph, session_options, (provider, options), niceness)
         except Exception as error:
             raise StartupError(f"ONNX Runtime {ort.__version__} cannot load {graph}: {error}") from error
         if provider not in (got := self._session.get_providers()):  # it says so in its own log alone, and goes on
@@ -172,6 +177,25 @@ def has_cuda_kernel(library: Path) -> bool:
         return hasattr(ctypes.CDLL(str(library)), "msda_forward_cuda_host_shapes")
     except OSError:
         return False
+
+
+def _session(
+    graph: Path, options: ort.SessionOptions, provider: tuple[str, dict[str, str]], niceness: int
+) -> ort.InferenceSession:
+    """A session whose threads are nicer than this one by `niceness`, on Linux: there a thread begins as its starter is.
+
+    They wait for each other awake. Where they are as hurried as the rest, a thread that decodes or answers takes the
+    core of the one that all others wait for as often as that of one that waits.
+    """
+
+    def start() -> ort.InferenceSession:
+        if sys.platform == "linux":  # elsewhere it is of the whole process
+            with suppress(OSError):  # forbidden: as hurried, then
+                os.nice(niceness)
+        return ort.InferenceSession(graph, options, [provider])
+
+    with ThreadPoolExecutor(1) as starter:  # a thread of its own: nobody may become less nice again
+        return starter.submit(start).result()
 
 
 def _register(options: ort.SessionOptions, library: Path, *, for_cuda: bool) -> None:

@@ -47,6 +47,13 @@ class Settings(BaseSettings):
     )
     engine_instances: int = Field(1, ge=1, le=64, description="engines that work side by side, on each device")
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0: the cores shared among instances")
+    engine_niceness: int = Field(
+        10,
+        ge=0,
+        le=19,
+        description="of an engine's own threads on the CPU (Linux): they give way to those that feed it; 0 where other "
+        "programs that are always busy share its control group",
+    )
 
     gate: bool = Field(True, description="compare an engine's answers with its bundle's proof before it is served")
     gate_seconds: float = Field(

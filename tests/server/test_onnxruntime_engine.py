@@ -1,3 +1,8 @@
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,23 @@ WIDE = Canvas(height=64, width=96)
 @pytest.fixture(scope="module")
 def engine(tiny_bundle: Bundle) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(tiny_bundle, Settings(bundle=tiny_bundle.path, device="cpu"))
+
+
+def native_threads() -> dict[int, int]:
+    """The niceness of all threads of this process, Python's and others, by their ids."""
+    threads = {}
+    for name in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended since
+            threads[int(name)] = os.getpriority(os.PRIO_PROCESS, int(name))
+    return threads
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, for at most ten seconds."""
+    deadline_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
 
 
 def image(seed: int, height: int, width: int) -> Pixels:
@@ -69,6 +91,19 @@ def test_as_many_engines_as_are_asked_for(tiny_bundle: Bundle) -> None:
     for each in engines:
         assert len(run_engine(each, [image(1, 64, 64)], WIDE).boxes) == 1
         each.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux alone")
+@pytest.mark.parametrize("niceness", [0, 7])
+def test_its_threads_give_way_to_those_that_feed_it(tiny_bundle: Bundle, niceness: int) -> None:
+    own, before = os.getpriority(os.PRIO_PROCESS, 0), native_threads()
+    engine = OnnxRuntimeEngine(tiny_bundle, Settings(device="cpu", engine_threads=3, engine_niceness=niceness))
+    wanted = [min(19, own + niceness)] * 2  # two of the three: the third is whoever calls `infer`
+    until(lambda: len(native_threads().keys() - before.keys()) == 2)  # the thread that opened it has ended
+    after = native_threads()
+    assert [after[each] for each in after.keys() - before.keys()] == wanted
+    assert all(after[each] == before[each] for each in after.keys() & before.keys())
+    assert len(run_engine(engine, [image(1, 64, 64)], WIDE).boxes) == 1
 
 
 def test_what_cannot_be_opened_says_why(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
