@@ -202,8 +202,10 @@ def beside_the_loop(args: argparse.Namespace) -> bool:
             server([], settings) as (under_load, url),
             ready_child("cheap_client", ["--url", url, "--clients", str(args.clients)], {}) as client,
         ):
+            loop.ask(str(args.warm_up))
             before = loop.ask(str(args.seconds / 2))
             served = load(under_load, client, args.warm_up, args.seconds)
+            loop.ask(str(args.warm_up))
             after = loop.ask(str(args.seconds / 2))
         bare = {name: before[name] + after[name] for name in before}
         bare_rate = bare["images"] / bare["seconds"]
@@ -275,7 +277,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, help="requests on their way at once")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a turn")
-    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds of load before each of the server's turns")
+    parser.add_argument("--warm-up", type=float, default=2.0, help="seconds of load before each turn")
     parser.add_argument("--part", choices=("loop", "cpu", "both"), default="both")
     args = parser.parse_args()
     args.bundle = args.bundle.resolve()

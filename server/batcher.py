@@ -81,8 +81,8 @@ class Batcher:
 
     @property
     def provided(self) -> bool:
-        """Whether every engine has its next batch already: what comes now is not waited for."""
-        return all(lane.load >= 2 for lane in self._lanes)
+        """Whether every engine has its next batch, and would not change it for what comes now. From any thread."""
+        return all(lane.provided for lane in self._lanes)
 
     @property
     def engine_name(self) -> str:

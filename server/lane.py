@@ -121,6 +121,12 @@ class Lane:
         return self._runs[1].batch if len(self._runs) > 1 else None
 
     @property
+    def provided(self) -> bool:
+        """Whether a batch lies behind another that goes before whatever comes. From any thread."""
+        behind = self._runs[1:2]  # a copy: the event loop may take it meanwhile
+        return bool(behind) and not behind[0].batch.yields
+
+    @property
     def hanging(self) -> "list[Future[None]]":
         """Of engines that hang and were left behind: done once they have let go."""
         return [runner.close() for runner in self._abandoned if runner.alive]

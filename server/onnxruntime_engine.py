@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from server.engine import Candidate, PassedOver, RawDetections
 from server.errors import StartupError
 from server.preprocess import Pixels, lay_on_canvas
 from server.settings import Settings
+from server.worker import Worker
 
 logger = logging.getLogger("ddetr.engine")
 
@@ -189,13 +189,19 @@ def _session(
     """
 
     def start() -> ort.InferenceSession:
-        if sys.platform == "linux":  # elsewhere it is of the whole process
+        if niceness and sys.platform == "linux":  # elsewhere it is of the whole process
             with suppress(OSError):  # forbidden: as hurried, then
                 os.nice(niceness)
         return ort.InferenceSession(graph, options, [provider])
 
-    with ThreadPoolExecutor(1) as starter:  # a thread of its own: nobody may become less nice again
+    if not niceness:
+        return start()
+    starter = Worker("starter")  # a thread of its own: nobody may become less nice again
+    try:
         return starter.submit(start).result()
+    finally:
+        starter.stop()
+        starter.join()
 
 
 def _register(options: ort.SessionOptions, library: Path, *, for_cuda: bool) -> None:

@@ -215,6 +215,7 @@ class Service:
                 place.leave()
                 if copy is not None:
                     copy.leave()
+                self._decoders.deliver()  # its batch is done, so an engine may want what has been held back
             detections = postprocess(
                 inferred.raw,
                 image.width,

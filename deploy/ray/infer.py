@@ -55,6 +55,8 @@ class Infer:
     def __init__(self, settings: Settings, options: DetectOptions) -> None:
         """Opens and proves the engine. Raises BundleError or StartupError."""
         tame_malloc()
+        if "engine_niceness" not in settings.model_fields_set:  # the decoders beside it are other processes
+            settings = settings.model_copy(update={"engine_niceness": 0})
         if settings.engine_threads == 0:
             cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
             settings = settings.model_copy(update={"engine_threads": max(1, int(cpus))})

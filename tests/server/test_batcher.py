@@ -52,6 +52,19 @@ def test_engines_are_provided_for_once_a_full_batch_lies_behind_the_one_they_wor
     run(test)
 
 
+def test_an_engine_is_not_provided_for_with_a_batch_that_interactive_work_goes_before() -> None:
+    async def test(bench: Bench) -> None:
+        tasks = [await bench.hold()]
+        tasks += [bench.submit(bench.image(), priority="batch") for _ in range(4)]
+        await settle()
+        assert bench.batcher.waiting == 4
+        assert not bench.batcher.provided
+        bench.engine.gate.set()
+        await asyncio.gather(*tasks)
+
+    run(test)
+
+
 def test_canvases_do_not_mix() -> None:
     async def test(bench: Bench) -> None:
         first = await bench.hold()
