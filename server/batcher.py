@@ -183,7 +183,7 @@ class Batcher:
     def _dispatch(self) -> None:
         if self._closed:
             return
-        for lane in sorted(self._lanes, key=lambda lane: lane.load):
+        for lane in self._lanes:
             if lane.up and not lane.load and (batch := self._next()) is not None:
                 lane.give(batch)
         if not self._looks_ahead and len(self._queue) and any(lane.up and lane.load == 1 for lane in self._lanes):

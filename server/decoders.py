@@ -137,7 +137,7 @@ class Decoders:
         return await asyncio.wrap_future(decoded)
 
     def deliver(self) -> None:
-        """Hand over what has been decoded, whatever else is; to be called now and then, for a picture that hangs."""
+        """Hand over what has been decoded: when an engine may want it, and now and then, for one that hangs."""
         self._small.deliver()
 
     def stop(self) -> None:
