@@ -110,6 +110,10 @@ class OnnxRuntimeEngine:
             1, available_cores() // settings.engine_instances
         )
         session_options.inter_op_num_threads = 1
+        if provider == _CPU:
+            # The plan for a shape's memory is made by its first batch and asks for more with its second, which for a
+            # rare shape comes hours later; without, memory is less, what it will be is soon known, and speed the same.
+            session_options.enable_mem_pattern = False
         if library is not None:
             try:
                 _register(session_options, library, for_cuda=provider != _CPU)
