@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,23 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+SECOND_TIMES = """
+import sys
+import numpy as np
+from bundle import embedded_bundle, read_bundle
+from server.engine import run_engine
+from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.settings import Settings
+
+engine = OnnxRuntimeEngine(read_bundle(embedded_bundle()), Settings(bundle=embedded_bundle(), device="cpu"))
+canvas = engine.manifest.canvases[0]
+for turn in range(2):
+    for images in (1, 2, 3, 4):
+        run_engine(engine, [np.zeros((canvas.height, canvas.width, 3), np.uint8)] * images, canvas)
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
 def image(seed: int, height: int, width: int) -> Pixels:
     """Black but for one bright rectangle."""
     rng = np.random.default_rng(seed)
@@ -74,6 +92,13 @@ def test_neighbours_do_not_change_an_answer(engine: OnnxRuntimeEngine) -> None:
         alone = run_engine(engine, [pixels], WIDE)
         assert np.array_equal(alone.boxes[0], together.boxes[slot])
         assert np.array_equal(alone.scores[0], together.scores[slot])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
+def test_a_second_batch_of_a_size_takes_no_more_memory_than_the_first() -> None:
+    done = subprocess.run([sys.executable, "-c", SECOND_TIMES], capture_output=True, text=True, check=True)
+    first_kib, second_kib = (int(line) for line in done.stdout.split())
+    assert second_kib - first_kib < 2048
 
 
 def test_it_says_what_it_runs_on(engine: OnnxRuntimeEngine) -> None:
