@@ -26,6 +26,20 @@ from tests.server.fake_engine import MANIFEST, FakeEngine, box_of_bright
 from tests.server.tiny_bundle import LABEL, SCORE
 
 WIDE = Canvas(height=64, width=96)
+SECOND_TIMES = """
+import numpy as np
+from bundle import embedded_bundle, read_bundle
+from server.engine import run_engine
+from server.onnxruntime_engine import OnnxRuntimeEngine
+from server.settings import Settings
+
+engine = OnnxRuntimeEngine(read_bundle(embedded_bundle()), Settings(bundle=embedded_bundle(), device="cpu"))
+canvas = engine.manifest.canvases[0]
+for turn in range(2):
+    for images in (1, 2, 3, 4):
+        run_engine(engine, [np.zeros((canvas.height, canvas.width, 3), np.uint8)] * images, canvas)
+    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +62,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
-
-
-SECOND_TIMES = """
-import sys
-import numpy as np
-from bundle import embedded_bundle, read_bundle
-from server.engine import run_engine
-from server.onnxruntime_engine import OnnxRuntimeEngine
-from server.settings import Settings
-
-engine = OnnxRuntimeEngine(read_bundle(embedded_bundle()), Settings(bundle=embedded_bundle(), device="cpu"))
-canvas = engine.manifest.canvases[0]
-for turn in range(2):
-    for images in (1, 2, 3, 4):
-        run_engine(engine, [np.zeros((canvas.height, canvas.width, 3), np.uint8)] * images, canvas)
-    print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
 
 
 def image(seed: int, height: int, width: int) -> Pixels:
